@@ -19,4 +19,4 @@ if __name__ == "__main__":
     with user_errors():
         folder = Path(__file__).parent
         tokenizer = Tokenizer.load("gpt2")
-        write_documents(out or folder, shakespeare(input, folder), tokenizer)
+        write_documents(out or folder, shakespeare(input, folder), tokenizer, end_of_text=False)
