@@ -1,4 +1,4 @@
-"""data/tokenizer.py: training against a naive trainer, encoding against merging step by step, round trips, bad input."""
+"""data/bpe.py and data/tokenizer.py: training against a naive trainer, encoding against merging step by step, round trips, bad input."""
 import json
 import os
 import pickle
@@ -13,6 +13,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import bpe as bpe_module
 from data import tokenizer as tokenizer_module
 from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, GPT4_PATTERN, Tokenizer, train_bpe
 
@@ -117,14 +118,15 @@ def test_merges_do_not_cross_special_tokens():
 
 
 def test_result_does_not_depend_on_processes_chunks_or_source(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "TRAIN_CHUNK", 1000)  # the workers, spawned, keep the default
+    monkeypatch.setattr(bpe_module, "TRAIN_CHUNK", 1000)
     documents = [STORY[i:] for i in range(0, 1000, 50)]
     file = tmp_path / "a.txt"
     file.write_bytes(END_OF_TEXT.join(documents).encode())
     expected = train_bpe(documents, 400, processes=1)
     assert train_bpe(iter(documents), 400, processes=2) == expected
     assert train_bpe([file], 400, processes=2) == expected
-    assert train_bpe(file, 400, processes=1) == expected
+    assert train_bpe([file], 400, processes=1) == expected
+    assert train_bpe(["".join(documents[:1])] + documents[1:], 400, special_tokens=[END_OF_TEXT], processes=3) == expected
 
 
 # -- encoding ---------------------------------------------------------------------------------------------------------
@@ -235,31 +237,27 @@ def test_bad_training_input_is_refused(tmp_path):
             train_bpe(["text"], size)
     for nothing in [], [""], [tmp_path / "empty"]:
         (tmp_path / "empty").touch()
-        with pytest.raises(ValueError, match="no text"):
+        with pytest.raises(ValueError, match="nothing to train on"):
             train_bpe(nothing, 300)
     (tmp_path / "latin1").write_bytes(b"x" * 3_000_000 + b"caf\xe9 ")
-    with pytest.raises(ValueError, match=r"latin1 .*byte 3,000,003"):
+    with pytest.raises(ValueError, match=r"latin1 .*byte 3000003"):
         train_bpe([tmp_path / "latin1"], 300)
     (tmp_path / "half").write_bytes("é".encode()[:1])
     with pytest.raises(ValueError, match=r"half .*byte 0"):
         train_bpe([tmp_path / "half"], 300)
-    for wrong, match in [("text", "one str"), ([b"x"], "bytes"), (["a\ud800"], "text number 0: character 1 ")]:
+    for wrong, match in [("text", "brackets"), ([b"x"], "bytes"), (["a\ud800"], "text number 0: character 1 ")]:
         with pytest.raises(ValueError, match=match):
             train_bpe(wrong, 300)
-    for pattern in "(", "(a)", "a*":
-        with pytest.raises(ValueError, match="pattern"):
-            train_bpe(["text"], 300, pattern=pattern)
-    for specials in [""], ["a", "a"], [3]:
-        with pytest.raises(ValueError, match="special token"):
-            train_bpe(["text"], 300, special_tokens=specials)
+    with pytest.raises(ValueError, match="groups"):
+        train_bpe(["text"], 300, pattern="(a)|.")
 
 
 def test_lone_surrogates_and_unknown_characters_are_named(any_tokenizer):
-    with pytest.raises(ValueError, match=r"character 3 \('.ud800'\)"):
+    with pytest.raises(ValueError, match=r"character 3 is '.ud800'"):
         any_tokenizer.encode("It \ud800")
-    with pytest.raises(ValueError, match=r"character 3 \('.ud800'\)"):
+    with pytest.raises(ValueError, match=r"character 3 is '.ud800'"):
         list(any_tokenizer.encode_iterable(["It ", "\ud800"]))
-    with pytest.raises(ValueError, match="char: character 1,002 .*'Z'.* not in this vocabulary"):
+    with pytest.raises(ValueError, match="char: character 1002 is 'Z'.* not among the 2 "):
         Tokenizer.from_text_chars("ab").encode("ab" * 501 + "Z")
 
 
