@@ -7,7 +7,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -174,8 +174,12 @@ class Tokenizer:
 
     def encode_batch(self, texts, num_threads=1):
         """A list of arrays of ids, of type self.dtype, one a text; special tokens in it are text."""
+        if num_threads == 1:
+            return [self._ids(text) for text in texts]
+        step = max(1, min(64, len(texts) // num_threads))  # handing over short texts one by one takes longer than they do
+        groups = [texts[i:i + step] for i in range(0, len(texts), step)]
         with ThreadPoolExecutor(num_threads) as pool:
-            return list(pool.map(self._ids, texts))
+            return list(chain.from_iterable(pool.map(self.encode_batch, groups)))
 
     def encode_iterable(self, texts):
         """Yields the ids of the texts joined (lines of a file, say), in constant memory; special tokens in them are

@@ -1,15 +1,19 @@
 """data/bpe.py and data/tokenizer.py: training against a naive trainer, encoding against merging step by step, round trips, bad input."""
+import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
-from collections import Counter
+import tracemalloc
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
 import pytest
 import regex
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -287,11 +291,97 @@ def test_an_unknown_name_lists_the_known_ones():
         Tokenizer.load("gpt3")
 
 
-# -- GPT-2 ------------------------------------------------------------------------------------------------------------
+# -- the whole process ------------------------------------------------------------------------------------------------
 
-@given(text=TEXTS)
-@settings(deadline=None)
-def test_gpt2_encodes_as_tiktoken_does(gpt2, text):
-    import tiktoken
-    assert gpt2.encode(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
-    assert gpt2.decode(gpt2.encode(text)) == text
+def python(*args, **env):
+    return subprocess.run([sys.executable, *args], env=os.environ | {"PYTHONPATH": str(ROOT)} | env, cwd=env.get("PWD"),
+                          capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_workers_never_run_the_main_script_again(method, tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text("import multiprocessing, data.bpe\n"
+                      f"multiprocessing.set_start_method({method!r})\n"
+                      "print('body')\n"
+                      "data.bpe.TRAIN_CHUNK = 1000\n"
+                      "print(data.bpe.train_bpe(['some words to count ' * 3000], 260, processes=2)[1])\n")
+    result = python(str(script))
+    expected = naive_bpe(["some words to count " * 3000], 3)
+    assert result.stdout.decode().splitlines() == ["body", str(expected)], result.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["-O"]])
+def test_utf8_whatever_the_locale(flags, tmp_path):
+    (tmp_path / "corpus.txt").write_bytes(STORY.encode())
+    code = ("import sys; from pathlib import Path; from data.tokenizer import *\n"
+            "t = Tokenizer.from_bpe(*train_bpe([Path('corpus.txt')], 300)); t.save('t.json'); t.export_gpt2('gpt2')\n"
+            "text = Path('corpus.txt').read_bytes().decode()\n"
+            "for u in t, Tokenizer.load('t.json'), Tokenizer.from_gpt2('gpt2'), Tokenizer.from_text_chars(text):\n"
+            "    if u.decode(u.encode(text)) != text: sys.exit('differs')\n"
+            "try: t.decode([300])\n"
+            "except ValueError as error: print(ascii(str(error)))\n")
+    result = python(*flags, "-c", code, LC_ALL="C", LANG="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PWD=str(tmp_path))
+    assert result.returncode == 0 and b"token id 300" in result.stdout, result.stderr
+
+
+def test_no_network_for_tiktoken_is_one_clear_line(tmp_path):
+    nowhere = "http://127.0.0.1:9"
+    code = "from data.tokenizer import *\ntry: Tokenizer.load('p50k_base')\nexcept OSError as error: print(error)"
+    result = python("-c", code, TIKTOKEN_CACHE_DIR=str(tmp_path), HTTPS_PROXY=nowhere, https_proxy=nowhere, NO_PROXY="", no_proxy="")
+    message = result.stdout.decode()
+    assert "cannot download p50k_base" in message and "TIKTOKEN_CACHE_DIR" in message and message.count("\n") == 1, result.stderr
+
+
+def peak_memory(work):
+    tracemalloc.start()
+    work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_does_not_grow_with_the_text(bpe, monkeypatch):
+    monkeypatch.setattr(bpe_module, "TRAIN_CHUNK", 2**14)
+
+    def texts(n):
+        return (STORY for _ in range(n))
+
+    def work(n):
+        deque(bpe.encode_iterable(texts(n)), maxlen=0)
+        train_bpe(texts(n), 300, processes=1)
+
+    work(1)
+    assert peak_memory(lambda: work(400)) < 1.2 * peak_memory(lambda: work(40))
+
+
+# -- GPT-2, where its files are ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def gpt2_from_files(gpt2, tmp_path_factory):
+    """merges.txt and vocab.json are what tiktoken's cache holds under the SHA-1 of their addresses."""
+    folder, cache = tmp_path_factory.mktemp("gpt2"), Path(os.environ["TIKTOKEN_CACHE_DIR"])
+    for ours, theirs in [("merges.txt", "vocab.bpe"), ("vocab.json", "encoder.json")]:
+        address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{theirs}"
+        shutil.copy(cache / hashlib.sha1(address.encode()).hexdigest(), folder / ours)
+    return Tokenizer.from_gpt2(folder)
+
+
+@given(text=TEXTS | st.text(st.characters(exclude_categories=["Cs"])))
+@settings(deadline=None, max_examples=500)
+def test_gpt2_encodes_as_tiktoken_does(gpt2, gpt2_from_files, text):
+    ids = tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    assert gpt2.encode(text) == gpt2_from_files.encode(text) == list(gpt2.encode_iterable([text])) == ids
+    assert gpt2.decode(ids) == gpt2_from_files.decode(ids) == text
+
+
+def test_gpt2_is_described_as_such(gpt2, gpt2_from_files, tmp_path):
+    for tokenizer in gpt2, gpt2_from_files:
+        assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.dtype) == (50257, 50256, "uint16")
+        assert tokenizer.special_tokens == {END_OF_TEXT: 50256} and tokenizer.decode([50256]) == END_OF_TEXT
+    assert Tokenizer.from_dict(gpt2.to_dict()).to_dict() == {"kind": "named", "name": "gpt2"}
+    gpt2_from_files.export_gpt2(tmp_path)
+    assert json.loads((tmp_path / "vocab.json").read_text("utf-8"))["Ġthe"] == 262
+    assert Tokenizer.from_gpt2(tmp_path).encode(STORY) == gpt2.encode(STORY)
+    with pytest.raises(ValueError, match="gpt2.* use save"):
+        gpt2.export_gpt2(tmp_path)
