@@ -130,11 +130,12 @@ def hub():
 def read_text(path, expect_sha256=None):
     """The whole file as text, byte for byte (no newline is translated); a surprising checksum is only said."""
     data = Path(path).read_bytes()
-    if expect_sha256 and hashlib.sha256(data).hexdigest() != expect_sha256:
-        print(f"warning: {path} is not the usual copy (its sha256 differs); it is used all the same", file=sys.stderr)
     if not data:
         raise ValueError(f"{path} is empty: name a file with text in it")
-    return decode(data, path)
+    text = decode(data, path)
+    if expect_sha256 and hashlib.sha256(data).hexdigest() != expect_sha256:
+        print(f"warning: {path} is not the usual copy (its sha256 differs); it is used all the same", file=sys.stderr)
+    return text
 
 
 def decode(data, path, offset=0):

@@ -80,7 +80,7 @@ class DatasetWriter:
 
     def __init__(self, folder, tokenizer, masked=False):
         self.folder, self.tokenizer, self.masked = Path(folder), tokenizer, masked
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32).newbyteorder("<")
+        self.dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
         self.files = {}  # final name -> open temporary file
         self.documents, self.tokens, self.bytes = {}, {}, {}
         self.max_id = -1
@@ -98,7 +98,7 @@ class DatasetWriter:
                 raise ValueError(f"token id {low if low < 0 else high} does not fit the tokenizer's "
                                  f"vocabulary of {self.tokenizer.vocab_size:,}: name the tokenizer that made the ids")
             self.max_id = max(self.max_id, high)
-        self._append(f"{split}.bin", ids.astype(self.dtype))
+        self._append(f"{split}.bin", ids.astype(self.dtype, copy=False))
         if self.masked:
             self._append(f"{split}.mask.bin", np.asarray(mask, dtype=np.uint8))
         for counter, n in ((self.documents, documents), (self.tokens, len(ids)), (self.bytes, n_bytes)):
@@ -125,12 +125,12 @@ class DatasetWriter:
             if not self.tokens.get(split):
                 raise ValueError(f"no text fell into the {split} split of {self.folder}: "
                                  "is the input empty, or --limit or --val_fraction too small?")
-        name = self.tokenizer.name  # tiktoken's name, or None: then the tokenizer's file lies beside the bins
-        if not name:
+        state = self.tokenizer.to_dict()
+        if state["kind"] == "named" and state["name"] != "byte":
+            name = state["name"]  # tiktoken knows it; any other tokenizer lies beside the bins
+        else:
             name = "tokenizer.json"
-            with explained(self.folder / name):
-                self.tokenizer.save(self.folder / f"{name}.tmp")
-                self.files[name] = open(self.folder / f"{name}.tmp", "ab")
+            self._append(name, json.dumps(state, ensure_ascii=False, indent=0).encode("utf-8"))
         meta = {"vocab_size": self.tokenizer.vocab_size, "dtype": self.dtype.name, "tokenizer": name,
                 "max_id": self.max_id, "tokens": self.tokens, "bytes": self.bytes}
         self._append("meta.json", json.dumps(meta, indent=1).encode() + b"\n")
@@ -169,13 +169,12 @@ def write_documents(folder, documents, tokenizer, progress=None, limit=0, thread
     def encode(batch):
         """[(split, text)] -> {split: (ids, bytes of text, documents)}"""
         parts = {}
-        for split, text in batch:
-            ids, n_bytes = parts.setdefault(split, ([], []))
-            ids.append(tokenizer.encode_to_numpy(text))
-            if end_of_text and tokenizer.eot is not None:
-                ids.append([tokenizer.eot])
+        end = np.array([] if tokenizer.eot is None or not end_of_text else [tokenizer.eot], dtype=tokenizer.dtype)
+        for (split, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch])):
+            pieces, n_bytes = parts.setdefault(split, ([], []))
+            pieces += ids, end
             n_bytes.append(len(text.encode("utf-8")))
-        return {split: (np.concatenate(ids), sum(n_bytes), len(n_bytes)) for split, (ids, n_bytes) in parts.items()}
+        return {split: (np.concatenate(pieces), sum(n_bytes), len(n_bytes)) for split, (pieces, n_bytes) in parts.items()}
 
     with DatasetWriter(folder, tokenizer) as writer, ThreadPoolExecutor(threads) as pool:
         def drain(keep):
