@@ -134,6 +134,13 @@ def test_result_does_not_depend_on_processes_chunks_or_source(tmp_path, monkeypa
     assert train_bpe(["".join(documents[:1])] + documents[1:], 400, special_tokens=[END_OF_TEXT], processes=3) == expected
 
 
+@pytest.mark.parametrize("chunk", range(1, 40))
+def test_no_chunk_ends_inside_a_special_token(chunk, monkeypatch):
+    monkeypatch.setattr(bpe_module, "TRAIN_CHUNK", chunk)
+    text, special = "cab cab<|c a b|>cab, cab cab cab<|c a b|>" * 5, "<|c a b|>"
+    assert train_bpe([text, text], 265, [special], processes=1)[1] == naive_bpe([text, text], 8, [special])
+
+
 # -- encoding ---------------------------------------------------------------------------------------------------------
 
 @given(TEXTS)
