@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -139,23 +140,24 @@ def lock(out_dir):
 
 
 def set_aside(out_dir):
-    """Move an earlier run's files into a folder of their own inside out_dir; returns it, or None if there were none."""
+    """Move an earlier run's files, if there are any, into a folder of their own inside out_dir, and say so."""
     out_dir = Path(out_dir)
     files = [p for p in (*steps(out_dir), *(out_dir / n for n in ("best.pt", "config.json", "metrics.jsonl"))) if p.exists()]
     if not files:
-        return None
+        return
     folder = out_dir / f"before_{1 + len(list(out_dir.glob('before_*')))}"
     folder.mkdir()
     for path in files:
         path.rename(folder / path.name)
-    return folder
+    print(f"moved the earlier run in {out_dir} to {folder}")
 
 
-def build_model(state):
-    """The GPT that a checkpoint dict describes, with its weights, on the CPU."""
-    model = GPT(GPTConfig(**state["model_args"]))
-    model.load_state_dict(state["model"])
-    return model
+def check_architecture(path, state, config):
+    """Raise ValueError that names what differs between the checkpoint's GPTConfig and `config`; dropout may."""
+    theirs, ours = asdict(GPTConfig(**state["model_args"])), asdict(config)
+    differ = [f"{k}={theirs[k]!r} there, {ours[k]!r} here" for k in ours if k != "dropout" and theirs[k] != ours[k]]
+    if differ:
+        raise ValueError(f"{path} has another architecture: {'; '.join(differ)}; drop the flag, or start from scratch")
 
 
 def load_model(path_or_out_dir, device="cpu"):
@@ -165,10 +167,12 @@ def load_model(path_or_out_dir, device="cpu"):
     """
     path = Path(path_or_out_dir)
     if path.is_dir():
-        best, found = path / "best.pt", None
+        best = path / "best.pt"
         state = read(best) if best.exists() else (newest_sound(path) or (None, None))[1]
         if state is None:
             raise FileNotFoundError(f"there is no checkpoint in {path}; train one, or name another --out_dir")
     else:
         state = read(path)
-    return build_model(state).to(device).eval(), state
+    model = GPT(GPTConfig(**state["model_args"]))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), state

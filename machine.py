@@ -2,6 +2,7 @@
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -63,6 +64,19 @@ class Machine:
     def name(self):
         return torch.cuda.get_device_name(self.device) if self.type == "cuda" else self.type
 
+    def describe(self):
+        """What was chosen and why, a line each."""
+        return [f"device     {self.name()} ({self.why['device']}), {self.world_size} rank{'s' * (self.world_size > 1)}",
+                f"dtype      {str(self.dtype).removeprefix('torch.')} ({self.why['dtype']})",
+                f"compile    {'on' if self.compile else 'off'} ({self.why['compile']})"]
+
+    def peak_gib(self):
+        """The most memory that this process has held so far, in GiB: the GPU's on CUDA, else resident memory."""
+        if self.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+        return used / (2**30 if sys.platform == "darwin" else 2**20)
+
     def peak_flops(self):
         """Operations a second by the data sheet, of all ranks together; None for a device that is not in the table."""
         return next((f * self.world_size for known, f in PEAK_FLOPS.items() if known in self.name()), None)
@@ -98,8 +112,12 @@ class Machine:
 
     def environment(self):
         """Versions and device, for config.json; nothing that could be a secret."""
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-        return {"commit": git.stdout.strip(), "python": platform.python_version(), "torch": torch.__version__,
+        try:
+            git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git on this machine
+            commit = ""
+        return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
                 "device": self.name(), "world_size": self.world_size}
 
     def close(self):
@@ -153,9 +171,11 @@ class StopSignals:
 class Log:
     """metrics.jsonl, and where wanted Weights & Biases and TensorBoard; the latter two never end a run."""
 
-    def __init__(self, settings):
+    def __init__(self, settings, silent=False):
+        self.others, self.file = [], None  # others: functions of (line, iteration)
+        if silent:
+            return
         self.file = open(Path(settings["out_dir"]) / "metrics.jsonl", "a", encoding="utf-8")
-        self.others = []  # functions of (line, iteration)
         for wanted, start in (("wandb_log", start_wandb), ("tensorboard_log", start_tensorboard)):
             try:
                 if settings[wanted]:
@@ -165,6 +185,8 @@ class Log:
 
     def write(self, **line):
         """Append one JSON object; numbers that are not finite have no place in JSON and become null."""
+        if self.file is None:
+            return
         line = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in line.items()}
         print(json.dumps(line), file=self.file, flush=True)
         for other in list(self.others):
@@ -190,3 +212,11 @@ def start_tensorboard(s):
 
 def first_line(error):
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def duration(seconds):
+    """Seconds for people: 59s, 12m34s, 5h06m, 3d04h."""
+    m, s = divmod(round(seconds), 60)
+    h, m = divmod(m, 60)
+    d, h = divmod(h, 24)
+    return f"{d}d{h:02d}h" if d else f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"

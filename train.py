@@ -80,8 +80,9 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import optim
 from configurator import user_errors
-from data.splits import find_folder, fingerprint, load_meta, load_tokenizer, open_split
-from machine import LateFlags, Log, Machine, StopSignals
+from data.splits import find_folder, fingerprint, load_meta, open_split, tokenizer_state
+from data.tokenizer import Tokenizer
+from machine import LateFlags, Log, Machine, StopSignals, duration
 from model import GPT, GPTConfig, check_causality
 
 MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of splitmix64
@@ -228,18 +229,9 @@ def check_settings(s):
 
 def sample_text(model, tokenizer, seed, length=200):
     """A sample of `length` tokens that starts a new document."""
-    from data.tokenizer import Tokenizer
-    tokenizer = Tokenizer.from_dict(tokenizer) if isinstance(tokenizer, dict) else Tokenizer.load(tokenizer)
+    tokenizer = Tokenizer.from_dict(tokenizer)
     start = torch.full((1, 1), tokenizer.eot or 0, device=next(model.parameters()).device)
     return tokenizer.decode(model.generate(start, length, top_k=200, seed=seed)[0, 1:].tolist())
-
-
-def duration(seconds):
-    """Seconds for people: 59s, 12m34s, 5h06m, 3d04h."""
-    m, s = divmod(round(seconds), 60)
-    h, m = divmod(m, 60)
-    d, h = divmod(h, 24)
-    return f"{d}d{h:02d}h" if d else f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -276,17 +268,15 @@ if __name__ == "__main__":
         splits = {name: Split(*found, meta["vocab_size"], block_size, seed) for name, found in splits.items() if found}
         train_data, val_data = splits["train"], splits.get("val")
         data_id = fingerprint({name: split.tokens for name, split in splits.items()})
-        tokenizer = load_tokenizer(folder, meta)
+        tokenizer = tokenizer_state(folder, meta)  # travels in the checkpoint
 
         # The model and its optimizer.
         model_args = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings} | {"vocab_size": meta["vocab_size"]}
         config = GPTConfig(**(state["model_args"] if origin else {}) | model_args)
         if origin:
-            theirs = GPTConfig(**state["model_args"])
-            changed = [f"{f.name}={getattr(theirs, f.name)!r} there, {getattr(config, f.name)!r} here" for f in fields(GPTConfig)
-                       if f.name != "dropout" and getattr(theirs, f.name) != getattr(config, f.name)]
-            if changed:
-                raise ValueError(f"{path} has another architecture: {'; '.join(changed)}; drop the flag, or start from scratch")
+            checkpoint.check_architecture(path, state, config)
+            if state["tokenizer"] != tokenizer:
+                raise ValueError(f"{path} was trained with another tokenizer than {folder} has; prepare the data with that one")
             if resuming and state["dataset_fingerprint"] != data_id and not change_data:
                 raise ValueError(f"{path} was trained on other data than {folder}; --change_data goes on with this all the same")
         check_causality(config)
@@ -313,44 +303,41 @@ if __name__ == "__main__":
                              f"{machine.world_size} ranks; {' or '.join(map(str, sorted(near)))} can")
         rows_per_iter = gradient_accumulation_steps * batch_size  # over all ranks
         tokens_per_iter = rows_per_iter * block_size
-        end = max_iters
+        end, wide = max_iters, len(f"{max_iters:,}")
         if max_epochs:
             end = min(end, iter_num + max(0, math.ceil((max_epochs * train_data.n_windows - cursor) / rows_per_iter)))
         if main and not (dry_run or eval_only):
             lock = checkpoint.lock(out_dir)  # held until the process ends
-            older = None if resuming else checkpoint.set_aside(out_dir)
+            if not resuming:
+                checkpoint.set_aside(out_dir)
             checkpoint.write_json({"settings": settings, "environment": machine.environment()}, Path(out_dir) / "config.json")
 
         # What is about to happen.
         say(f"model      {raw_model.num_params() / 1e6:,.2f} M parameters, {raw_model.flops_per_token() / 1e6:,.1f} M operations a token")
-        for line in optim.describe(optimizers):
-            say(f"           {line}")
+        say("\n".join(f"           {line}" for line in optim.describe(optimizers)))
         for name, split in splits.items():
             say(f"{name:10} {len(split.tokens):,} tokens, {split.path}")
         say(f"iteration  {tokens_per_iter:,} tokens = {gradient_accumulation_steps} micro-batches x {batch_size} rows x {block_size} tokens")
         say(f"run        {end:,} iterations = {end * tokens_per_iter:,} tokens = {end * rows_per_iter / train_data.n_windows:,.2f} epochs")
-        say(f"device     {machine.name()} ({machine.why['device']}); {machine.world_size} rank(s)")
-        say(f"dtype      {str(machine.dtype).removeprefix('torch.')} ({machine.why['dtype']})")
-        say(f"compile    {'on' if machine.compile else 'off'} ({machine.why['compile']})")
+        say("\n".join(machine.describe()))
         if resuming:
             say(f"resume     {path} at iteration {iter_num:,}")
 
         def scores(name, loss):
-            """Loss, perplexity and, where the bytes of text are known, bits per byte of a split."""
+            """Loss, perplexity and, where the bytes of text are known, bits per byte of a split; printed, too."""
             n_bytes = meta.get("bytes", {}).get(name)
             bits = loss * splits[name].n_targets / math.log(2) if n_bytes and splits[name].mask is None else None
+            say(f"eval {iter_num:{wide},}/{end:,}  {name} loss {loss:.4f}  perplexity {math.exp(min(loss, 99)):,.2f}"
+                + (f"  {bits / n_bytes:.4f} bits per byte" if bits else "") + ("  (best)" if loss < best_val_loss else ""))
             return {f"{name}_loss": loss, f"{name}_ppl": math.exp(min(loss, 99)), f"{name}_bpb": bits and bits / n_bytes}
-
-        def in_words(scores):
-            return "  ".join(f"{k} {v:.4f}" for k, v in scores.items() if v is not None)
 
         if eval_only:
             for name, split in splits.items():
-                say(in_words(scores(name, evaluate(raw_model, split.batches(batch_size, eval_iters), machine))))
+                scores(name, evaluate(raw_model, split.batches(batch_size, eval_iters), machine))
             sys.exit(machine.close())
 
         model = compiled = raw_model.train()
-        log = Log(settings) if main and not dry_run else None
+        log = Log(settings, silent=dry_run or not main)
         stop, flags = StopSignals(), LateFlags(machine)
         clock = elapsed_s - time.perf_counter()  # clock + perf_counter(): the seconds spent training, all sessions together
         if machine.compile:
@@ -378,9 +365,8 @@ if __name__ == "__main__":
                 micro_step(micro)
             machine.synchronize()
             seconds = (time.perf_counter() - began) * gradient_accumulation_steps / machine.world_size
-            gib = [16 * raw_model.num_params() / 2**30] + ([torch.cuda.max_memory_allocated() / 2**30] if machine.type == "cuda" else [])
-            say(f"dry run    {seconds:.3g} s an iteration, {tokens_per_iter / seconds:,.0f} tokens/s, {duration(seconds * (end - iter_num))} in all; "
-                f"{gib[0]:.2f} GiB for parameters, gradients and optimizer" + "".join(f", {g:.2f} GiB at the peak without the last" for g in gib[1:]))
+            say(f"dry run    {seconds:.3g} s an iteration, {tokens_per_iter / seconds:,.0f} tokens/s, {duration(seconds * (end - iter_num))} "
+                f"in all; {machine.peak_gib() + 8 * raw_model.num_params() / 2**30:.2f} GiB at the peak, the optimizer's state included")
             sys.exit(machine.close())
 
         def snapshot():
@@ -437,11 +423,10 @@ if __name__ == "__main__":
                 mfu = tok_per_s * raw_model.flops_per_token() / machine.peak_flops() if machine.peak_flops() else None
                 eta = (now - elapsed_s) / (iter_num - first_iter) * (end - iter_num)
                 last = iter_num, now
-                say(f"iter {iter_num:{len(f'{end:,}')},}/{end:,}  loss {nats / count:.4f}  lr {learning_rate * factor:.2e}  norm {grad_norm:5.2f}  "
+                say(f"iter {iter_num:{wide},}/{end:,}  loss {nats / count:.4f}  lr {learning_rate * factor:.2e}  norm {grad_norm:5.2f}  "
                     f"{tok_per_s:9,.0f} tok/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  eta {duration(eta)}")
-                if main:
-                    log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=nats / count, lr=learning_rate * factor,
-                              grad_norm=float(grad_norm), tok_per_s=tok_per_s, mfu=mfu)
+                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=nats / count, lr=learning_rate * factor,
+                          grad_norm=float(grad_norm), tok_per_s=tok_per_s, mfu=mfu)
 
             # Outside the training clock: evaluation, a sample, checkpoints.
             paused = time.perf_counter()
@@ -450,9 +435,7 @@ if __name__ == "__main__":
                 better = val["val_loss"] < best_val_loss
                 best_val_loss = min(best_val_loss, val["val_loss"])
                 evals_without_gain = 0 if better else evals_without_gain + 1
-                say(f"eval {iter_num:,}: {in_words(val)}{'  (best)' if better else ''}")
-                if main:
-                    log.write(iter=iter_num, tokens=tokens, elapsed_s=now, **val)
+                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, **val)
                 if val["val_loss"] <= target_loss:
                     reason = f"target_loss={target_loss:g} is reached"
                 elif patience and evals_without_gain >= patience:

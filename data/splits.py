@@ -64,11 +64,10 @@ def open_split(folder, split, meta, block_size):
     return path, tokens, np.memmap(mask, np.uint8, mode="r") if mask.is_file() else None
 
 
-def load_tokenizer(folder, meta):
-    """What travels in a checkpoint: a tokenizer file's content as a dict, or a well-known tokenizer's name."""
-    name = meta.get("tokenizer", "gpt2")
-    file = folder / name
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else name
+def tokenizer_state(folder, meta):
+    """What travels in a checkpoint, for Tokenizer.from_dict: a tokenizer file's content, or a well-known name."""
+    file = folder / meta.get("tokenizer", "gpt2")
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"kind": "named", "name": file.name}
 
 
 def fingerprint(splits):
