@@ -106,7 +106,9 @@ class Tokenizer:
         by_rank = BYTES + _reachable(merges)
         if missing := [token for token in by_rank if token not in ids]:
             raise ValueError(f"{state['name']}: {missing[0]}, a byte or what a merge makes, is not in the vocabulary")
-        core = tiktoken.Encoding(state["name"], pat_str=state["pattern"], special_tokens={},
+        # The special token is never allowed: we look for ours ourselves. With none, tiktoken's core would look for the
+        # empty text, and find it before every character.
+        core = tiktoken.Encoding(state["name"], pat_str=state["pattern"], special_tokens={END_OF_TEXT: len(by_rank)},
                                  mergeable_ranks={token: rank for rank, token in enumerate(by_rank)})
         id_by_rank = np.array([ids[token] for token in by_rank])
         return cls(state, tokens, special_ids, lambda text: id_by_rank[_core_ids(core, text)])
