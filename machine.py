@@ -122,6 +122,7 @@ class Machine:
 
     def close(self):
         if dist.is_initialized():
+            dist.barrier()  # a rank that leaves early takes its connections with it
             dist.destroy_process_group()
 
 

@@ -335,6 +335,6 @@ def check_causality(config):
         idx = torch.randint(64, (2, 16), generator=generator)
         other = torch.cat([idx[:, :8], (idx[:, 8:] + 1) % 64], dim=1)  # the same past, another future
         before, after = model(idx)[0][:, :8], model(other)[0][:, :8]
-    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
+    if not (before - after).abs().max() <= 1e-5 * before.abs().max():  # rounding; a NaN is no pass
         raise ValueError("model.py leaks the future: changing tokens 8 to 15 changed the logits of positions 0 to 7; "
                          "look for a missing causal mask or an operation along the time axis")

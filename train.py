@@ -219,10 +219,11 @@ def check_settings(s):
                                "patience target_loss eval_iters checkpoint_interval sample_interval beta1 beta2 decay_frac")}
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
+    wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
     if s["lr_schedule"] not in optim.SCHEDULES:
         wrong.append(f"lr_schedule={s['lr_schedule']!r} is not one of {', '.join(optim.SCHEDULES)}")
-    if s["min_lr"] > s["learning_rate"]:
-        wrong.append(f"min_lr={s['min_lr']} must not be above learning_rate={s['learning_rate']}")
+    if s["min_lr"] > s["learning_rate"] or not s["learning_rate"]:
+        wrong.append(f"learning_rate={s['learning_rate']} must be above 0, and not below min_lr={s['min_lr']}")
     if wrong:
         raise ValueError("; ".join(wrong))
 
@@ -383,10 +384,8 @@ if __name__ == "__main__":
             # One update: the micro-batches of an iteration are dealt to the ranks in turn.
             factor = optim.lr_factor(iter_num, lr_schedule, warmup_iters, lr_decay_iters or end, decay_frac, min_lr / learning_rate)
             optim.set_lr(optimizers, factor)
-            nats, count = 0.0, 0
-            for micro in range(machine.rank, gradient_accumulation_steps, machine.world_size):
-                micro_nats, micro_count = micro_step(micro)
-                nats, count = nats + micro_nats, count + micro_count
+            parts = [micro_step(micro) for micro in range(machine.rank, gradient_accumulation_steps, machine.world_size)]
+            count = sum(n for _, n in parts)
             if train_data.mask is not None:  # from the mean over nominal to the mean over actual targets
                 scale = tokens_per_iter / max(1, machine.sum(count)[0])
                 torch._foreach_mul_([p.grad for p in raw_model.parameters()], scale)
@@ -417,7 +416,7 @@ if __name__ == "__main__":
                 reason = f"max_iters={max_iters:,} is reached" if end == max_iters else f"max_epochs={max_epochs:g} is reached"
 
             if iter_num % log_interval == 0 or due_eval or reason:
-                nats, count = machine.sum(float(nats), count)
+                nats, count = machine.sum(sum(float(part) for part, _ in parts), count)
                 now = clock + time.perf_counter()
                 tok_per_s = (iter_num - last[0]) * tokens_per_iter / (now - last[1])
                 mfu = tok_per_s * raw_model.flops_per_token() / machine.peak_flops() if machine.peak_flops() else None

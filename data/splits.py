@@ -18,10 +18,13 @@ def find_folder(dataset):
 def load_meta(folder):
     """meta.json as a dict; without one, what nanoGPT's folders mean: uint16 ids of GPT-2's vocabulary."""
     if (folder / "meta.json").is_file():
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if not isinstance(meta.get("vocab_size"), int) or meta.get("dtype") not in ("uint16", "uint32"):
-            raise ValueError(f"{folder}/meta.json needs a whole vocab_size and a dtype of uint16 or uint32; prepare the data again")
-        return meta
+        try:
+            meta = json.loads((folder / "meta.json").read_bytes())
+            if meta["vocab_size"] == int(meta["vocab_size"]) > 0 and meta["dtype"] in ("uint16", "uint32"):
+                return meta
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise ValueError(f"{folder}/meta.json must be JSON with a whole vocab_size and a dtype of uint16 or uint32; prepare the data again")
     if (folder / "meta.pkl").exists():
         raise ValueError(f"{folder} has a meta.pkl, which is never opened since a pickle can run code; "
                          f"python data/text/prepare.py --input=YOUR_TEXT --tokenizer=char --out={folder} makes a meta.json")
