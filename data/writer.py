@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -28,7 +28,8 @@ def split_by_hash(key, val_fraction, test_fraction=0.0):
     Position would put a corpus's last author into val; chance would change at every run; with the
     text as the key an exact duplicate lands on the same side as its twin and cannot leak.
     """
-    digest = hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest()
+    key = key if isinstance(key, bytes) else key.encode("utf-8")
+    digest = hashlib.blake2b(key, digest_size=8).digest()
     u = int.from_bytes(digest, "little") / 2**64  # uniform in [0, 1)
     if u < val_fraction:
         return "val"
@@ -82,7 +83,7 @@ class DatasetWriter:
         self.folder, self.tokenizer, self.masked = Path(folder), tokenizer, masked
         self.dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
         self.files = {}  # final name -> open temporary file
-        self.documents, self.tokens, self.bytes = {}, {}, {}
+        self.documents, self.tokens, self.bytes = Counter(), Counter(), Counter()  # by split
         self.max_id = -1
 
     def __enter__(self):
@@ -90,7 +91,10 @@ class DatasetWriter:
         return self
 
     def add(self, split, ids, n_bytes, mask=None, documents=1):
-        """Append token ids (1-D integers) that stand for `n_bytes` of UTF-8 text to `split`."""
+        """Append token ids (1-D integers) that stand for `n_bytes` of UTF-8 text to `split`.
+
+        `mask`, of the same length, is 0 where a token is not to be learnt. ValueError for an id outside the vocabulary.
+        """
         ids = np.asarray(ids)
         if len(ids):
             low, high = int(ids.min()), int(ids.max())
@@ -102,7 +106,7 @@ class DatasetWriter:
         if self.masked:
             self._append(f"{split}.mask.bin", np.asarray(mask, dtype=np.uint8))
         for counter, n in ((self.documents, documents), (self.tokens, len(ids)), (self.bytes, n_bytes)):
-            counter[split] = counter.get(split, 0) + n
+            counter[split] += n
 
     def _append(self, name, array):
         with explained(self.folder / name):
@@ -122,9 +126,9 @@ class DatasetWriter:
 
     def _publish(self):
         for split in ("train", "val"):
-            if not self.tokens.get(split):
+            if not self.tokens[split]:
                 raise ValueError(f"no text fell into the {split} split of {self.folder}: "
-                                 "is the input empty, or --limit or --val_fraction too small?")
+                                 "is the input empty, or do --limit and the fractions leave nothing for it?")
         state = self.tokenizer.to_dict()
         if state["kind"] == "named" and state["name"] != "byte":
             name = state["name"]  # tiktoken knows it; any other tokenizer lies beside the bins
@@ -144,14 +148,10 @@ class DatasetWriter:
             (self.folder / old).unlink(missing_ok=True)
         for name in self.files:  # meta.json is the last that was opened
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
-
-    def table(self):
-        """Documents, tokens and bytes per token of each split, for a person."""
-        lines = [f"{'split':<6}{'documents':>14}{'tokens':>18}{'bytes/token':>14}"]
-        for split in (s for s in ("train", "val", "test") if s in self.tokens):
-            lines.append(f"{split:<6}{self.documents[split]:>14,}{self.tokens[split]:>18,}"
-                         f"{self.bytes[split] / max(1, self.tokens[split]):>14.2f}")
-        return "\n".join(lines)
+        print(f"{'split':<6}{'documents':>14}{'tokens':>18}{'bytes/token':>14}")
+        for split, tokens in self.tokens.items():
+            print(f"{split:<6}{self.documents[split]:>14,}{tokens:>18,}{self.bytes[split] / tokens:>14.2f}")
+        print(f"wrote {self.folder}")
 
 
 def write_documents(folder, documents, tokenizer, progress=None, limit=0, threads=0, end_of_text=True):
@@ -190,8 +190,6 @@ def write_documents(folder, documents, tokenizer, progress=None, limit=0, thread
             drain(keep=2 * threads)
         drain(keep=0)
     progress.clear()
-    print(writer.table())
-    print(f"wrote {writer.folder}")
 
 
 def batches(documents, limit=0):
