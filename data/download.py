@@ -18,6 +18,7 @@ from data.writer import Progress, explained
 
 ATTEMPTS = 5  # in a row without a byte of progress
 BACKOFF_S = 0.5  # doubled at each of them: 0.5 + 1 + 2 + 4 s
+TIMEOUT_S = 30  # of silence, then the connection counts as dropped
 OFFLINE = ("Without a network: `python data/stdlib/prepare.py` needs none, and "
            "`python data/text/prepare.py --input=FILE` takes your own text")
 
@@ -76,8 +77,7 @@ def _fetch(url, part, sha256, size):
         digest = hashlib.file_digest(f, "sha256").hexdigest() if sha256 else None
     if digest != sha256 or size not in (None, have):
         part.unlink()
-        raise Interrupted(f"got {have:,} bytes with sha256 {digest}, expected {size:,} bytes with {sha256}"
-                              if size else f"got a file with sha256 {digest}, expected {sha256}")
+        raise Interrupted(f"got {have:,} bytes with sha256 {digest}, expected {size or have:,} with {sha256}")
 
 
 def _open(url, start):
@@ -92,7 +92,7 @@ def _open(url, start):
         # The hub redirects to storage on other hosts; an unredirected header does not go there.
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        return urllib.request.urlopen(request, timeout=30)
+        return urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code == 416 and start:  # what lies in the .part is longer than the file: start again
             return _open(url, 0)
@@ -119,7 +119,10 @@ def _chunks(response):
 
 
 def hub():
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not endpoint.startswith(("http://", "https://")):
+        raise ValueError(f"HF_ENDPOINT={endpoint!r} is no address: it begins with https://")
+    return endpoint.rstrip("/")
 
 
 def hub_shards(repo, folder, into, revision="main"):
@@ -132,12 +135,18 @@ def hub_shards(repo, folder, into, revision="main"):
     revision = urllib.parse.quote(revision, safe="")
     listing = Path(into, f"{repo} {folder} {revision}.json".replace("/", "--"))
     download(f"{hub()}/api/datasets/{repo}/tree/{revision}/{folder}".rstrip("/") + "?recursive=true", listing)
+    shards = []
     try:
-        files = [(e["path"], e.get("lfs", {}).get("oid"), e["size"]) for e in json.loads(listing.read_bytes())]
+        entries = json.loads(listing.read_bytes())
+        for path, size, lfs in sorted((entry["path"], entry["size"], entry.get("lfs", {}).get("oid")) for entry in entries):
+            local = Path(into, path)
+            if local.suffix == ".parquet" and local.resolve().is_relative_to(Path(into).resolve()):
+                shards.append((f"{hub()}/datasets/{repo}/resolve/{revision}/{urllib.parse.quote(path)}", local, lfs, size))
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{listing} is no listing of a data set's files: delete it, and look what {hub()} is") from None
-    shards = [(f"{hub()}/datasets/{repo}/resolve/{revision}/{urllib.parse.quote(path)}", Path(into, path), sha256, size)
-              for path, sha256, size in sorted(files) if path.endswith(".parquet") and ".." not in Path(path).parts]
+        listing.unlink()
+        raise ValueError(f"{hub()} does not answer as a hub does; is HF_ENDPOINT right?") from None
+    if len(entries) >= 1000:  # the hub's longest page
+        raise ValueError(f"{repo} has more files in {folder or 'all'} than one listing names: choose a smaller folder")
     if not shards:
         raise ValueError(f"{hub()}/datasets/{repo} has no parquet file in {folder or 'any folder'}: the data set has moved")
     return shards

@@ -92,13 +92,15 @@ def _parquet(path, column):
         size, rows, row = path.stat().st_size, file.metadata.num_rows, 0
         if column not in file.schema_arrow.names:
             raise ValueError(f"it has no column {column!r}, only {', '.join(file.schema_arrow.names)}")
+        if str(file.schema_arrow.field(column).type) not in ("string", "large_string"):
+            raise ValueError(f"its column {column!r} holds no text but {file.schema_arrow.field(column).type}")
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             for text in batch.column(0).to_pylist():
                 row += 1
                 if text:
                     yield text, size * row // rows
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise ValueError(f"{path}: {error}; delete it if a download left it damaged") from None
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 @contextmanager
@@ -121,7 +123,8 @@ def _lines(path, key):
                 continue
             try:
                 value = json.loads(text)
-                json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+                if "\\u" in text:  # \\ud800 is half a surrogate pair, which is no text
+                    json.dumps(value, ensure_ascii=False).encode("utf-8")
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON in UTF-8: {error}") from None
             if key is None:
@@ -162,9 +165,9 @@ def paragraph_end(buffer, start, limit):
 
 
 def pages(text, size=4096):
-    """`text` in pieces of at most `size` bytes, a twentieth of the text if that is less, cut at paragraphs."""
+    """`text` in pieces of at most `size` bytes, or a twentieth of a short text, cut at paragraphs where it has some."""
     data, start = text.encode("utf-8"), 0
-    size = min(size, len(data) // 20 + 1)
+    size = min(size, max(16, len(data) // 20))
     while start < len(data):
         end = paragraph_end(data, start, start + size) if len(data) - start > size else len(data)
         yield data[start:end].decode("utf-8")

@@ -49,17 +49,14 @@ class Progress:
         if now - self.shown < (0.2 if self.live else 30):  # a log file needs no animation
             return
         self.shown = now
-        fraction = min(1.0, self.done / self.total if self.total else 0.0) if fraction is None else fraction
+        fraction = min(1.0, self.done / max(1, self.total)) if fraction is None else fraction
         eta = "?" if fraction == 0 else timedelta(seconds=int((now - self.start) * (1 - fraction) / fraction))
         bar = ("#" * round(30 * fraction)).ljust(30, ".")
         line = f"[{bar}] {fraction:4.0%}  {note}  ETA {eta}"
-        sys.stderr.write(f"\r{line}\x1b[K" if self.live else line + "\n")
-        sys.stderr.flush()
+        print(f"\r{line}\x1b[K" if self.live else f"{line}\n", end="", file=sys.stderr, flush=True)
 
     def clear(self):
-        if self.live:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+        print("\r\x1b[K" if self.live else "", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -162,8 +159,7 @@ def write_documents(folder, documents, tokenizer, progress=None, limit=0, thread
     because tiktoken's core lets go of the interpreter's lock: on two cores they beat processes by a
     quarter and need neither pickling nor a start-up.)
     """
-    threads = threads or os.cpu_count()
-    progress = progress or Progress()
+    threads, progress = threads or os.cpu_count(), progress or Progress()
     seen, pending = 0, deque()
 
     def encode(batch):
@@ -181,8 +177,7 @@ def write_documents(folder, documents, tokenizer, progress=None, limit=0, thread
             while len(pending) > keep:  # in the order in which they came, whichever thread is first
                 for split, (ids, n_bytes, n) in pending.popleft().result().items():
                     writer.add(split, ids, n_bytes, documents=n)
-                fraction = seen / limit if limit else None
-                progress.show(f"{seen:,} documents, {sum(writer.tokens.values()):,} tokens", fraction)
+                progress.show(f"{seen:,} documents, {writer.tokens.total():,} tokens", seen / limit if limit else None)
 
         for batch in batches(documents, limit):
             seen += len(batch)

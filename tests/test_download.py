@@ -1,20 +1,13 @@
 """Downloads against a real server on the loopback address that drops, stalls, lies and redirects."""
-import gzip
 import hashlib
 import http.server
-import json
 import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
+import time
 
 import pytest
 
 from data import download
-from data.writer import Progress
-
-ROOT = Path(__file__).parents[1]
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -23,7 +16,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.drop, self.status, self.redirect, self.requests = {}, {}, {}, {}, []
-        self.ranges = True
+        self.ranges, self.stall = True, set()
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -62,6 +55,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.drop.get(path, 0) > 0:
             server.drop[path] -= 1
             rest = rest[: len(rest) // 2]  # closing early is what a dropped connection looks like
+        if path in server.stall:
+            server.stall.remove(path)
+            self.wfile.write(rest[: len(rest) // 2])
+            time.sleep(1)
+            return
         self.wfile.write(rest)
 
 
@@ -142,6 +140,35 @@ def test_a_busy_server_is_tried_again_and_a_missing_file_is_not(server, tmp_path
     with pytest.raises(ValueError, match="HTTP 404"):
         download.download(server.url + "/b", tmp_path / "b")
     assert len(server.requests) == 5
+
+
+def test_a_silent_server_counts_as_dropped(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
+    server.files["/a"], server.stall = BODY, {"/a"}
+    assert download.download(server.url + "/a", tmp_path / "a", sha(BODY)).read_bytes() == BODY
+    assert [r for _, r, _ in server.requests] == [None, f"bytes={2**20}-"]  # the last whole chunk before the silence
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, where every write finds the disk full")
+def test_a_full_disk_is_not_tried_again(server, tmp_path):
+    server.files["/a"] = BODY
+    (tmp_path / "a.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="a.part: No space left on device"):
+        download.download(server.url + "/a", tmp_path / "a", sha(BODY))
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("body", [b"<html>log in</html>", b"{}", b'[{"path": "a"}]', b'["a"]', b"[]",
+                                  b'[{"path": "../../../a.parquet", "size": 1}, {"path": "/a.parquet", "size": 1}]'])
+def test_a_server_that_is_no_hub_is_refused(server, tmp_path, monkeypatch, body):
+    pytest.importorskip("pyarrow", reason="checked before the hub is asked: pip install pyarrow")
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.files["/api/datasets/a/b/tree/main"] = body
+    with pytest.raises(ValueError, match="HF_ENDPOINT|no parquet file"):
+        download.hub_shards("a/b", "", tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "file:///etc")
+    with pytest.raises(ValueError, match="HF_ENDPOINT='file:///etc' is no address"):
+        download.hub_shards("a/c", "", tmp_path)
 
 
 def test_a_local_copy_needs_no_network(tmp_path):
