@@ -23,8 +23,8 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT4_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
                 r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
-# The last place where either pattern is sure to split, searched from the end (?r): before a space that follows text;
-# for writing without spaces, before certain punctuation.
+# The last place, searched from the end (?r), where these patterns and GPT-4o's split whatever stands around: before a
+# space that follows text, and, for writing without spaces, before some punctuation.
 LAST_SPLIT = regex.compile(r"(?r)(?<=\S)(?= )|(?<=[0-9A-Za-z一-鿿])(?=[\n.,;。，、])")
 DOCUMENT_END = "\ud800"  # between training texts: half of a surrogate pair, so no text holds it
 TRAIN_CHUNK = 2**21  # characters that a worker counts at a time: the list of their pre-tokens takes some 40 MB
@@ -35,9 +35,9 @@ def train_bpe(texts_or_paths, vocab_size, special_tokens=(END_OF_TEXT,), pattern
     """Learns byte-pair merges from an iterable of texts (str) and files (Path, UTF-8), in memory that grows with the
     unique pre-tokens, not with the text.
 
-    Returns (vocab, merges): id to bytes, namely 256 bytes, a token a merge and the special tokens, fewer than
-    vocab_size where the text runs out of pairs; and the pairs of bytes in the order of merging. That is the most
-    frequent one first, of equals the lexicographically greatest, whatever the number of processes (None: one a core).
+    Returns (vocab, merges). vocab maps id to bytes: the 256 bytes, a token a merge, the special tokens; it stays below
+    vocab_size where the text runs out of pairs. merges are pairs of bytes in the order of merging: the most frequent
+    first, of equals the lexicographically greatest, whatever the number of processes (None: one a core).
     Raises ValueError for a vocab_size below 256 + special tokens, for no text, for a file that is not UTF-8.
     """
     special_tokens = list(dict.fromkeys(special_tokens))
@@ -49,8 +49,11 @@ def train_bpe(texts_or_paths, vocab_size, special_tokens=(END_OF_TEXT,), pattern
         raise ValueError("train_bpe takes a list of texts or Paths, not a single one: put it in brackets")
     if regex.compile(pattern).groups:
         raise ValueError(f"pattern {pattern!r} has groups: write them (?:...)")
+    if not all(special_tokens):
+        raise ValueError(f"a special token is empty: {special_tokens}")
     ends = [*special_tokens, DOCUMENT_END]
-    counts = _count_all(pieces(_texts(texts_or_paths), TRAIN_CHUNK, ends), partial(_count, any_of(ends), pattern), processes)
+    chunks = pieces(_texts(texts_or_paths), TRAIN_CHUNK, ends)
+    counts = _count_all(chunks, partial(_count, any_of(ends), pattern), processes or os.cpu_count())
     if not counts:
         raise ValueError("there is nothing to train on: no text, or only empty ones")
     tokens, merges = _learn_merges(counts, n_merges)
@@ -87,7 +90,7 @@ def _learn_merges(counts, n_merges):
         tokens.append(tokens[a] + tokens[b])
         descending.append(descending[a][:-1] + descending[b])
         before, after = {}, {}  # neighbour of the new token -> the words where, once for every place
-        for i in where.pop(pair):
+        for i in set(where.pop(pair)):
             if pair in words[i]:
                 words[i] = word = words[i].replace(pair, new)
                 at = word.find(new)
@@ -108,23 +111,23 @@ def _learn_merges(counts, n_merges):
     return tokens, merges
 
 
-def _count_all(pieces, count, processes):
-    counts, jobs, processes = Counter(), deque(), processes or os.cpu_count()
-    head = list(islice(pieces, 4))
+def _count_all(chunks, count, processes):
+    counts, jobs = Counter(), deque()
+    head = list(islice(chunks, 4))
     # Starting workers takes as long as counting some megabytes, and a worker of somebody's pool may not start any.
     if len(head) < 4 or processes == 1 or multiprocessing.current_process().daemon:
-        for piece in chain(head, pieces):
-            counts.update(count(piece))
+        for chunk in chain(head, chunks):
+            counts.update(count(chunk))
         return counts
     # Spawned everywhere, since a fork copies the locks of other threads (torch has some); Ctrl-C is the parent's.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), signal.signal,
                              (signal.SIGINT, signal.SIG_IGN)) as pool:
-        for piece in chain(head, pieces):
+        for chunk in chain(head, chunks):
             # A spawned process imports the main script again, which runs one without an `if __name__` guard once
             # more: while the pool may start a process, an empty module takes the script's place.
             main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
             try:
-                jobs.append(pool.submit(count, piece))
+                jobs.append(pool.submit(count, chunk))
             finally:
                 sys.modules["__main__"] = main
             if len(jobs) > 2 * processes:  # texts may come faster than they are counted
@@ -134,9 +137,9 @@ def _count_all(pieces, count, processes):
     return counts
 
 
-def _count(ends, pattern, piece):
+def _count(ends, pattern, chunk):
     counts = Counter()
-    for document in regex.split(ends, piece):
+    for document in regex.split(ends, chunk):
         counts.update(regex.findall(pattern, document))
     return counts
 

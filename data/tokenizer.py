@@ -67,11 +67,9 @@ class Tokenizer:
         where the ids are not 0, 1, 2 and so on, or where a byte or what a merge makes is missing."""
         if sorted(vocab) != list(range(len(vocab))):
             raise ValueError(f"the ids of a vocabulary of {len(vocab)} tokens must be 0 to {len(vocab) - 1}")
-        tokens = [vocab[i] for i in range(len(vocab))]
-        tokens += [token.encode() for token in dict.fromkeys(special_tokens) if token.encode() not in vocab.values()]
-        ids = {token: i for i, token in enumerate(tokens)}
-        return cls._bpe({"kind": "bpe", "name": name, "pattern": pattern,
-                         "special_tokens": {token: ids[token.encode()] for token in special_tokens},
+        tokens, known = [vocab[i] for i in range(len(vocab))], set(vocab.values())
+        tokens += [token.encode() for token in dict.fromkeys(special_tokens) if token.encode() not in known]
+        return cls._bpe({"kind": "bpe", "name": name, "pattern": pattern, "special_tokens": [*special_tokens],
                          "tokens": [_spell(token) for token in tokens],
                          "merges": [f"{_spell(a)} {_spell(b)}" for a, b in merges]})
 
@@ -82,7 +80,7 @@ class Tokenizer:
         folder = Path(folder)
         try:
             ids = json.loads((folder / "vocab.json").read_bytes())
-            lines = (folder / "merges.txt").read_bytes().decode().split("\n")
+            lines = (folder / "merges.txt").read_bytes().decode().splitlines()
             merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
             ordinary = {*map(_spell, BYTES), *map("".join, merges)}
             vocab = {i: _unspell(token) if token in ordinary else token.encode() for token, i in ids.items()}
@@ -95,21 +93,22 @@ class Tokenizer:
     def from_text_chars(cls, text, name="char"):
         """A token for every character of the text, in their order in Unicode; none for the end of text."""
         check_text(text, name)
-        if not text:
-            raise ValueError(f"{name}: an empty text has no characters to make tokens of")
         return cls._char({"kind": "char", "name": name, "chars": "".join(sorted(set(text)))})
 
     @classmethod
     def _bpe(cls, state):
-        special_ids = dict(state["special_tokens"])
         tokens = [_unspell(token) for token in state["tokens"]]
-        merges = [(_unspell(a), _unspell(b)) for a, b in (merge.split(" ") for merge in state["merges"])]
-        # Of two ids with the same bytes, ordinary text gets the first that is not a special token's.
+        # Of two ids with the same bytes a special token has the last, ordinary text the first that is not special.
+        ids = {token: i for i, token in enumerate(tokens)}
+        special_ids = {token: ids[token.encode()] for token in state["special_tokens"]}
         ids = {token: i for i, token in reversed([*enumerate(tokens)]) if i not in special_ids.values()}
+        merges = [(_unspell(a), _unspell(b)) for a, b in (merge.split(" ") for merge in state["merges"])]
         by_rank = BYTES + _reachable(merges)
         if missing := [token for token in by_rank if token not in ids]:
             raise ValueError(f"{state['name']}: {missing[0]}, a byte or what a merge makes, is not in the vocabulary")
-        core = tiktoken.Encoding(state["name"], pat_str=state["pattern"], special_tokens={},
+        # The special token is never allowed: we look for ours ourselves. With none, tiktoken's core would look for the
+        # empty text, and find it before every character.
+        core = tiktoken.Encoding(state["name"], pat_str=state["pattern"], special_tokens={END_OF_TEXT: len(by_rank)},
                                  mergeable_ranks={token: rank for rank, token in enumerate(by_rank)})
         id_by_rank = np.array([ids[token] for token in by_rank])
         return cls(state, tokens, special_ids, lambda text: id_by_rank[_core_ids(core, text)])
@@ -117,7 +116,10 @@ class Tokenizer:
     @classmethod
     def _char(cls, state):
         ids = {char: i for i, char in enumerate(state["chars"])}
-        return cls(state, [char.encode() for char in ids], {}, lambda text: np.fromiter(map(ids.__getitem__, text), int))
+        if not 0 < len(ids) == len(state["chars"]):
+            raise ValueError(f"{state['name']}: a vocabulary of characters needs at least one, and none twice")
+        tokens = [char.encode() for char in ids]
+        return cls(state, tokens, {}, lambda text: np.fromiter(map(ids.__getitem__, text), int))
 
     @classmethod
     def _named(cls, state):
@@ -155,7 +157,7 @@ class Tokenizer:
         special = {i: token for token, i in self.special_tokens.items()}
         vocab = {special.get(i, token): i for i, token in enumerate(self._state.get("tokens", ()))}
         if self._state.get("pattern") != GPT2_PATTERN or len(vocab) < self.vocab_size:
-            raise ValueError(f"{self.name}: vocab.json and merges.txt can only hold a BPE with GPT-2's pattern; use save")
+            raise ValueError(f"{self.name}: vocab.json and merges.txt hold only a BPE with GPT-2's pattern: use save")
         Path(folder).mkdir(parents=True, exist_ok=True)
         _write(Path(folder, "vocab.json"), json.dumps(vocab, ensure_ascii=False))
         _write(Path(folder, "merges.txt"), "\n".join(["#version: 0.2", *self._state["merges"], ""]))
@@ -176,7 +178,7 @@ class Tokenizer:
         """A list of arrays of ids, of type self.dtype, one a text; special tokens in it are text."""
         if num_threads == 1:
             return [self._ids(text) for text in texts]
-        step = max(1, min(64, len(texts) // num_threads))  # handing over short texts one by one takes longer than they do
+        step = max(1, min(64, len(texts) // num_threads))  # to hand over a short text takes longer than to encode it
         groups = [texts[i:i + step] for i in range(0, len(texts), step)]
         with ThreadPoolExecutor(num_threads) as pool:
             return list(chain.from_iterable(pool.map(self.encode_batch, groups)))
@@ -220,12 +222,13 @@ def _core_ids(core, text):
 
 
 def _reachable(merges):
-    """The tokens that merging arrives at, by rank: the first merge of the list first, the leftmost place first.
+    """The tokens that merging arrives at, in the order of their merges. Merging takes the neighbours that come first
+    among the merges, the leftmost of them first, until no merge applies: GPT-2's way and Hugging Face's.
 
-    tiktoken joins any two neighbours that spell a token, by the token's rank. That is the same if a token has the rank
-    of the one merge that makes it when its own bytes are merged, since a stretch of text that no merge has crossed is
-    merged as if it stood alone. A merge that never comes about there (another one spells the same bytes before it, or
-    takes a part away) never does anywhere, and must have no rank. Of trained merges every one comes about.
+    tiktoken instead joins neighbours that spell any token, the first token of all first. Both do the same if each token
+    stands where the merge does that makes it out of its own bytes: a stretch of text across whose ends nothing has been
+    merged is merged as if it stood alone. A merge that does not end that process for its own bytes, since others make
+    the same token or take away its parts, never applies anywhere, and is left out. Trained merges all apply.
     """
     rank = {pair: i for i, pair in reversed([*enumerate(merges)])}
     reached = []

@@ -1,4 +1,5 @@
-"""How long train_bpe takes against Hugging Face's trainer, on the Python files of this machine's interpreter.
+"""How long train_bpe takes against Hugging Face's trainer, and encode_batch against a bare tiktoken, on the Python files
+of this machine's interpreter.
 
     python tests/bench_tokenizer.py [--mb=60] [--vocab_size=10000] [--processes=2] [--rounds=2]
 
@@ -37,9 +38,10 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     os.environ["RAYON_NUM_THREADS"] = str(args.processes)  # read when tokenizers starts its threads
+    import tiktoken
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    from data import bpe
+    from data import bpe, tokenizer
 
     texts, n_bytes = distinct_texts(args.mb * 10**6)
     ends = [bpe.END_OF_TEXT, bpe.DOCUMENT_END]
@@ -52,7 +54,7 @@ def main():
     ratios = []
     for n in range(args.rounds):
         start = time.perf_counter()
-        vocab, _ = bpe.train_bpe(texts, args.vocab_size, processes=args.processes)
+        vocab, merges = bpe.train_bpe(texts, args.vocab_size, processes=args.processes)
         ours = time.perf_counter() - start
 
         hf = Tokenizer(models.BPE())
@@ -65,9 +67,23 @@ def main():
         ratios.append(ours / theirs)
         print(f"round {n + 1}: train_bpe {ours:.2f} s, tokenizers {theirs:.2f} s, ratio {ours / theirs:.2f}")
 
-    from data.tokenizer import _spell
-    shared = {_spell(token) for token in vocab.values()} & hf.get_vocab().keys()
+    shared = {tokenizer._spell(token) for token in vocab.values()} & hf.get_vocab().keys()
     print(f"best ratio {min(ratios):.2f}, worst {max(ratios):.2f}; {len(shared):,} of {len(vocab):,} tokens are the same")
+
+    ours = tokenizer.Tokenizer.from_bpe(vocab, merges)
+    bare = tiktoken.Encoding("bare", pat_str=bpe.GPT2_PATTERN, special_tokens={},
+                             mergeable_ranks={token: i for i, token in vocab.items() if i != ours.eot})
+    texts = texts[:1000]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    for n in range(args.rounds):
+        rates = []
+        for threads in 1, 2:
+            for encode in ours.encode_batch, bare.encode_ordinary_batch:
+                start = time.perf_counter()
+                encode(texts, num_threads=threads)
+                rates.append(megabytes / (time.perf_counter() - start))
+        print(f"round {n + 1}: encode_batch {rates[0]:.1f} MB/s on 1 thread, {rates[2]:.1f} on 2; bare tiktoken {rates[1]:.1f} "
+              f"and {rates[3]:.1f}; best over best {max(rates[::2]) / max(rates[1::2]):.2f}")
 
 
 if __name__ == "__main__":

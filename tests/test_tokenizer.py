@@ -1,4 +1,5 @@
-"""data/bpe.py and data/tokenizer.py: training against a naive trainer, encoding against merging step by step, round trips, bad input."""
+"""data/bpe.py and data/tokenizer.py: training against a naive trainer, encoding against merging step by step, round
+trips, bad input."""
 import hashlib
 import json
 import os
@@ -133,6 +134,13 @@ def test_result_does_not_depend_on_processes_chunks_or_source(tmp_path, monkeypa
     assert train_bpe(["".join(documents[:1])] + documents[1:], 400, special_tokens=[END_OF_TEXT], processes=3) == expected
 
 
+@pytest.mark.parametrize("chunk", range(1, 40))
+def test_no_chunk_ends_inside_a_special_token(chunk, monkeypatch):
+    monkeypatch.setattr(bpe_module, "TRAIN_CHUNK", chunk)
+    text, special = "cab cab<|c a b|>cab, cab cab cab<|c a b|>" * 5, "<|c a b|>"
+    assert train_bpe([text, text], 265, [special], processes=1)[1] == naive_bpe([text, text], 8, [special])
+
+
 # -- encoding ---------------------------------------------------------------------------------------------------------
 
 @given(TEXTS)
@@ -149,7 +157,7 @@ def test_any_list_of_merges_encodes_by_merging_in_order(data):
         merges.append((data.draw(st.sampled_from(tokens)), data.draw(st.sampled_from(tokens))))
         tokens.append(b"".join(merges[-1]))
     known = sorted({bytes([b]) for b in range(256)} | set(tokens))
-    vocab = dict(enumerate(data.draw(st.permutations(known))))
+    vocab = dict(enumerate(data.draw(st.permutations(known) | st.just(bpe_module.BYTES + tokens[2:]))))
     text = data.draw(st.text("ab", max_size=20))
     ids, parts = Tokenizer.from_bpe(vocab, merges, []).encode(text), [bytes([b]) for b in text.encode()]
     rank = {pair: i for i, pair in reversed([*enumerate(merges)])}
@@ -252,6 +260,8 @@ def test_bad_training_input_is_refused(tmp_path):
     for wrong, match in [("text", "brackets"), ([b"x"], "bytes"), (["a\ud800"], "text number 0: character 1 ")]:
         with pytest.raises(ValueError, match=match):
             train_bpe(wrong, 300)
+    with pytest.raises(ValueError, match="empty"):
+        train_bpe(["text"], 300, special_tokens=[""])
     with pytest.raises(ValueError, match="groups"):
         train_bpe(["text"], 300, pattern="(a)|.")
 

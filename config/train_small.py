@@ -1,0 +1,20 @@
+# The demo: a GPT that learns to write Python from Python's own standard library, in minutes on two CPU cores.
+#   python data/stdlib/prepare.py && python train.py config/train_small.py && python sample.py --out_dir=out-small
+out_dir = "out-small"
+dataset = "stdlib"  # 2.4 M tokens of a vocabulary of 4,096
+block_size = 128
+batch_size = 16
+gradient_accumulation_steps = 1  # 1 * 16 * 128 = 2,048 tokens per iteration
+n_layer = 4
+n_head = 4
+n_embd = 192
+learning_rate = 3e-3
+min_lr = 0.0
+lr_schedule = "linear"
+decay_frac = 1.0
+beta2 = 0.99
+warmup_iters = 30
+max_iters = 1000  # 1,000 * 2,048 = 2.0 M tokens, 0.9 epochs
+eval_interval = 250
+eval_iters = 0
+log_interval = 25

@@ -1,0 +1,78 @@
+"""A data set on disk: meta.json, and token ids as raw little-endian .bin (or .npy) files, opened and checked."""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def find_folder(dataset):
+    """The folder that the setting `dataset` names: one of data/, or any path."""
+    inside = ROOT / "data" / dataset
+    return inside if inside.is_dir() else Path(dataset)
+
+
+def load_meta(folder):
+    """meta.json as a dict; without one, what nanoGPT's folders mean: uint16 ids of GPT-2's vocabulary."""
+    if (folder / "meta.json").is_file():
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if not isinstance(meta.get("vocab_size"), int) or meta.get("dtype") not in ("uint16", "uint32"):
+            raise ValueError(f"{folder}/meta.json needs a whole vocab_size and a dtype of uint16 or uint32; prepare the data again")
+        return meta
+    if (folder / "meta.pkl").exists():
+        raise ValueError(f"{folder} has a meta.pkl, which is never opened since a pickle can run code; "
+                         f"python data/text/prepare.py --input=YOUR_TEXT --tokenizer=char --out={folder} makes a meta.json")
+    return {"vocab_size": 50257, "dtype": "uint16", "tokenizer": "gpt2"}
+
+
+def open_split(folder, split, meta, block_size):
+    """Return (path, tokens, mask) of folder/<split>.bin or .npy, or None where there is neither.
+
+    tokens: (L,) memory-mapped, in meta's dtype. mask: (L,) uint8, 0 where a token is not to be learnt, or None.
+    Raises ValueError for a file that is cut off, too short, or holds ids outside the vocabulary at its ends.
+    """
+    path = folder / f"{split}.bin"
+    if path.is_file():
+        itemsize = np.dtype(meta["dtype"]).itemsize
+        if path.stat().st_size % itemsize:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, no multiple of {itemsize} ({meta['dtype']}): "
+                             "it was cut off, or meta.json names another dtype; prepare the data again")
+        tokens = np.memmap(path, meta["dtype"], mode="r") if path.stat().st_size else np.empty(0)
+    elif path.with_suffix(".npy").is_file():
+        path = path.with_suffix(".npy")
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
+            raise ValueError(f"{path} must be one row of whole numbers, not {tokens.ndim}-dimensional {tokens.dtype}")
+    elif split == "train":
+        script = folder / "prepare.py" if (folder / "prepare.py").is_file() else ROOT / "data/text/prepare.py"
+        raise ValueError(f"there is no {path}; `python {os.path.relpath(script)}` makes it (`make demo` needs no download)")
+    else:
+        return None
+    if len(tokens) <= block_size:
+        raise ValueError(f"{path} has {len(tokens):,} tokens, and block_size={block_size} needs at least {block_size + 1:,}; "
+                         "prepare more data or lower --block_size")
+    largest = max(meta.get("max_id", 0), int(tokens[:65536].max()), int(tokens[-65536:].max()))
+    if largest >= meta["vocab_size"]:
+        raise ValueError(f"{path} holds token id {largest}, and vocab_size={meta['vocab_size']} in meta.json allows up to "
+                         f"{meta['vocab_size'] - 1}; prepare the data again")
+    mask = folder / f"{split}.mask.bin"
+    if mask.is_file() and mask.stat().st_size != len(tokens):
+        raise ValueError(f"{mask} has {mask.stat().st_size:,} bytes, but {path.name} has {len(tokens):,} tokens")
+    return path, tokens, np.memmap(mask, np.uint8, mode="r") if mask.is_file() else None
+
+
+def tokenizer_state(folder, meta):
+    """What travels in a checkpoint, for Tokenizer.from_dict: a tokenizer file's content, or a well-known name."""
+    file = folder / meta.get("tokenizer", "gpt2")
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"kind": "named", "name": file.name}
+
+
+def fingerprint(splits):
+    """What tells one data set from another: the lengths and the ends of its splits (arrays of ids), hashed."""
+    digest = hashlib.sha256()
+    for name, tokens in sorted(splits.items()):
+        digest.update(f"{name} {len(tokens)} ".encode() + tokens[:65536].tobytes() + tokens[-65536:].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,222 @@
+"""What a run stands on: device, dtype, ranks, signals, logs. Every script asks here, so 'auto' means one thing."""
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+# Dense bf16 operations a second by the data sheets; those of fp16 for the V100 and the T4, which have no bf16.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+
+
+class Machine:
+    """Device, dtype and compile with 'auto' resolved, the reasons, and this process's place among the ranks.
+
+    Raises ValueError for a device, dtype or backend that is not to be had here.
+    """
+
+    def __init__(self, device="auto", dtype="auto", compile="auto", backend="auto"):
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        self.rank, self.world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
+                                                  (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
+        why = dict.fromkeys(("device", "dtype", "compile"), "as set")
+        if device == "auto":
+            device, why["device"] = "cuda" if cuda else "mps" if mps else "cpu", "the first there is of CUDA, MPS, CPU"
+        self.type = device.partition(":")[0]
+        if not {"cuda": cuda, "mps": mps, "cpu": True}.get(self.type, False):
+            raise ValueError(f"device={device!r}: torch {torch.__version__} finds no such device here; --device=auto takes the best there is")
+        self.device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+        if dtype == "auto":
+            # An emulated bfloat16 is slower than float32, so only the real one counts.
+            has_bf16 = self.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bfloat16" if has_bf16 else "float16" if self.type == "cuda" else "float32"
+            why["dtype"] = ("this GPU has it in hardware" if has_bf16 else "this GPU has no bfloat16" if self.type == "cuda"
+                            else f"the safe one on {self.type}")
+        if dtype not in ("float32", "bfloat16", "float16") or (dtype == "float16" and self.type != "cuda"):
+            raise ValueError(f"dtype={dtype!r} does not go with device={device!r}; --dtype=auto takes the fastest safe one")
+        self.dtype = getattr(torch, dtype)
+        if compile == "auto":
+            compile, why["compile"] = self.type == "cuda", "on for CUDA; elsewhere --compile pays in longer runs"
+        self.compile, self.why = compile, why
+        self.backend = ("nccl" if self.type == "cuda" else "gloo") if backend == "auto" else backend
+        if self.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # tf32 where autocast leaves a product in float32
+        if self.world_size > 1:
+            if self.backend == "nccl" and self.type != "cuda":
+                raise ValueError(f"backend='nccl' needs CUDA, and the device is {self.device}; --backend=gloo runs on any")
+            dist.init_process_group(self.backend, timeout=timedelta(minutes=10))
+
+    def autocast(self):
+        """Matrix products in `dtype`, sums in float32; nothing where dtype is float32."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.type, self.dtype)
+
+    def name(self):
+        return torch.cuda.get_device_name(self.device) if self.type == "cuda" else self.type
+
+    def describe(self):
+        """What was chosen and why, a line each."""
+        return [f"device     {self.name()} ({self.why['device']}), {self.world_size} rank{'s' * (self.world_size > 1)}",
+                f"dtype      {str(self.dtype).removeprefix('torch.')} ({self.why['dtype']})",
+                f"compile    {'on' if self.compile else 'off'} ({self.why['compile']})"]
+
+    def peak_gib(self):
+        """The most memory that this process has held so far, in GiB: the GPU's on CUDA, else resident memory."""
+        if self.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+        return used / (2**30 if sys.platform == "darwin" else 2**20)
+
+    def peak_flops(self):
+        """Operations a second by the data sheet, of all ranks together; None for a device that is not in the table."""
+        return next((f * self.world_size for known, f in PEAK_FLOPS.items() if known in self.name()), None)
+
+    def sum(self, *numbers):
+        """The numbers, each summed over the ranks."""
+        if self.world_size == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float32 if self.type == "mps" else torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def to_device(self, tensor):
+        """A CPU tensor's copy on the device; on CUDA the host does not wait for it."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.type == "cuda" else tensor.to(self.device)
+
+    def synchronize(self):
+        if self.type in ("cuda", "mps"):
+            getattr(torch, self.type).synchronize()
+
+    def try_compile(self, model, x, y):
+        """torch.compile's version of the model if a training step through it works here, else the model, with a warning."""
+        try:
+            compiled = torch.compile(model)
+            with self.autocast():
+                compiled(x, y, reduction="sum")[1].backward()
+            return compiled
+        except Exception as error:  # compilers fail in many ways, and none of them is a reason not to train
+            print(f"warning: torch.compile failed ({first_line(error)}); going on without it", file=sys.stderr)
+            return model
+        finally:
+            model.zero_grad()
+
+    def environment(self):
+        """Versions and device, for config.json; nothing that could be a secret."""
+        try:
+            git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git on this machine
+            commit = ""
+        return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
+                "device": self.name(), "world_size": self.world_size}
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class LateFlags:
+    """Small tensors of flags, combined over the ranks (the maximum) and read by the host without a wait.
+
+    On CUDA a flag is read one `push` late, when its iteration is long done; elsewhere at once.
+    """
+
+    def __init__(self, machine):
+        self.machine, self.pending = machine, []
+
+    def push(self, flags, wait=False):
+        """Add this iteration's flags (n,) float32 on the device; return those that can be read, with `wait` all of
+        them, as a list of n numbers: their maximum."""
+        if self.machine.world_size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        if self.machine.type != "cuda":
+            return flags.tolist()
+        copied = torch.cuda.Event()
+        self.pending.append((flags.to("cpu", non_blocking=True), copied))
+        copied.record()
+        read = [0.0] * len(flags)
+        while len(self.pending) > (0 if wait else 1):
+            flags, copied = self.pending.pop(0)
+            copied.synchronize()
+            read = list(map(max, read, flags.tolist()))
+        return read
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C as a number to look at between iterations; a second Ctrl-C ends the process at once."""
+
+    def __init__(self):
+        self.received, self.when = 0, 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        # torchrun passes on the Ctrl-C that the terminal has already sent: within a second it is the same one.
+        if self.received == signal.SIGINT == number and time.monotonic() - self.when > 1:
+            os._exit(128 + number)
+        if not self.received:
+            self.received, self.when = int(number), time.monotonic()
+
+
+class Log:
+    """metrics.jsonl, and where wanted Weights & Biases and TensorBoard; the latter two never end a run."""
+
+    def __init__(self, settings, silent=False):
+        self.others, self.file = [], None  # others: functions of (line, iteration)
+        if silent:
+            return
+        self.file = open(Path(settings["out_dir"]) / "metrics.jsonl", "a", encoding="utf-8")
+        for wanted, start in (("wandb_log", start_wandb), ("tensorboard_log", start_tensorboard)):
+            try:
+                if settings[wanted]:
+                    self.others.append(start(settings))
+            except Exception as error:  # not installed, no key, no network: each has an exception of its own
+                print(f"warning: {wanted} is off: {first_line(error)}", file=sys.stderr)
+
+    def write(self, **line):
+        """Append one JSON object; numbers that are not finite have no place in JSON and become null."""
+        if self.file is None:
+            return
+        line = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in line.items()}
+        print(json.dumps(line), file=self.file, flush=True)
+        for other in list(self.others):
+            try:
+                other({k: v for k, v in line.items() if v is not None}, line["iter"])
+            except Exception as error:
+                print(f"warning: a log failed and is off from here on: {first_line(error)}", file=sys.stderr)
+                self.others.remove(other)
+
+
+def start_wandb(s):
+    import wandb
+    run = wandb.init(project=s["wandb_project"], name=s["wandb_run_name"] or Path(s["out_dir"]).name, config=s,
+                     dir=s["out_dir"], settings=wandb.Settings(init_timeout=30))
+    return lambda line, step: run.log(line, step=step)
+
+
+def start_tensorboard(s):
+    from torch.utils.tensorboard import SummaryWriter  # pip install tensorboard
+    writer = SummaryWriter(s["out_dir"])
+    return lambda line, step: [writer.add_scalar(k, v, step) for k, v in line.items()]
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def duration(seconds):
+    """Seconds for people: 59s, 12m34s, 5h06m, 3d04h."""
+    m, s = divmod(round(seconds), 60)
+    h, m = divmod(m, 60)
+    d, h = divmod(h, 24)
+    return f"{d}d{h:02d}h" if d else f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"

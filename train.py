@@ -1,0 +1,454 @@
+"""Train a GPT on one CPU core, one GPU or a hundred.
+
+    python train.py config/train_small.py            the demo: minutes on a laptop, after data/stdlib/prepare.py
+    python train.py --batch_size=4 --compile=False   every setting below is a flag
+    torchrun --nproc_per_node=8 train.py             the defaults: GPT-2's shape on OpenWebText
+"""
+# the run
+out_dir = "out"             # checkpoints, metrics.jsonl and config.json go here
+init_from = "scratch"       # 'resume', 'auto' (resume if there is something to resume, else scratch), or a checkpoint file
+seed = 1337                 # the only source of randomness
+dry_run = False             # build everything, run one micro-batch, print what a run would take, write nothing
+# data
+dataset = "openwebtext"     # a folder in data/, or the path of any folder with a train.bin
+change_data = False         # let a resume go on with other data than it began with
+batch_size = 12             # sequences per micro-batch
+block_size = 1024           # tokens per sequence
+gradient_accumulation_steps = 40  # micro-batches per iteration, over all ranks: 40 * 12 * 1024 = 491,520 tokens
+# the model: 12 layers of 768 are GPT-2's 124M (85M in blocks, 39M embedding), and 39M more where the head is not tied
+n_layer = 12
+n_head = 12
+n_kv_head = 0               # heads of keys and values, shared by groups of queries; 0: as many as n_head
+n_embd = 768
+dropout = 0.0
+bias = False                # in linear layers and LayerNorm
+norm = "rmsnorm"            # or 'layernorm'
+mlp = "relu2"               # or 'gelu', 'swiglu'
+pos_emb = "rope"            # or 'learned'
+rope_theta = 10000.0        # the slowest RoPE wave turns once in 2 pi rope_theta tokens
+qk_norm = True              # normalise queries and keys
+tie_weights = False         # share the embedding's matrix with the head
+# the optimizer
+learning_rate = 6e-4        # AdamW's peak
+weight_decay = 0.1          # on tensors of two or more dimensions
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0             # largest norm of the whole gradient; 0: no clipping
+# the schedule
+lr_schedule = "cosine"      # or 'linear', 'wsd' (warm up, stay, decay as 1 - sqrt), 'constant'; all warm up
+warmup_iters = 2000         # iterations from 1/warmup_iters of the peak up to the peak
+lr_decay_iters = 0          # where the decay ends; 0: at the planned end of the run
+min_lr = 6e-5               # AdamW's rate there; the other groups' come down in proportion
+decay_frac = 0.7            # share of the run in which 'linear' and 'wsd' come down
+# when to stop: whichever comes first, 0 turns one off
+max_iters = 600000          # updates in all; always on
+max_epochs = 0.0            # passes over train.bin
+max_hours = 0.0             # this process's wall clock
+target_loss = 0.0           # validation loss
+patience = 0                # evaluations without a better validation loss
+# evaluation, checkpoints and the log
+eval_interval = 2000        # iterations between evaluations; there is one at the end in any case
+eval_iters = 200            # batches of each evaluation, always the same; 0: the whole split, every target once
+eval_only = False           # evaluate what init_from names, on every split there is, and end
+checkpoint_interval = 0     # iterations between checkpoints; 0: one at each evaluation
+keep_checkpoints = 2        # how many of the newest stay, besides best.pt
+log_interval = 1            # iterations between log lines
+sample_interval = 0         # iterations between samples of text in the log; 0: none
+wandb_log = False           # log to Weights & Biases too
+wandb_project = "bareGPT"
+wandb_run_name = ""         # '': out_dir's name
+tensorboard_log = False     # log for TensorBoard too, in out_dir
+# the machine
+device = "auto"             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto takes the best there is
+dtype = "auto"              # 'float32', 'bfloat16', 'float16' (with a loss scaler); auto takes the fastest safe one
+compile = "auto"            # torch.compile; auto: on CUDA only
+backend = "auto"            # torch.distributed's: 'nccl' on CUDA, else 'gloo'
+
+if __name__ == "__main__":  # here, before the seconds that torch takes to import: a typo is answered at once
+    from configurator import configure
+    settings = configure(globals())
+
+import math, mmap, signal, sys, time
+from dataclasses import asdict, fields
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import optim
+from configurator import user_errors
+from data.splits import find_folder, fingerprint, load_meta, open_split, tokenizer_state
+from data.tokenizer import Tokenizer
+from machine import LateFlags, Log, Machine, StopSignals, duration
+from model import GPT, GPTConfig, check_causality
+
+MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of splitmix64
+
+# ---------------------------------------------------------------------------------------------------------------
+# data
+
+
+def scramble(x):
+    """splitmix64's finaliser (Steele et al.): a bijection of uint64 that leaves no visible pattern."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def mix(*numbers):
+    """One 63-bit seed out of several whole numbers; another order gives another seed."""
+    x = np.zeros(1, np.uint64)
+    for number in numbers:
+        x = scramble((x ^ np.array([number % 2**64], np.uint64)) * MIXER + MIXER)
+    return int(x[0] >> np.uint64(1))
+
+
+def permute(k, n, key):
+    """Where the permutation `key` of range(n) sends k, an int64 array of values below n.
+
+    A Feistel network over the smallest even number of bits that holds n; what falls outside is sent through
+    again until it lands inside (Black & Rogaway, cycle walking). Nothing is stored, however large n is.
+    """
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = [np.uint64(mix(key, i)) for i in range(6)]
+    x = k.astype(np.uint64)
+    todo = np.ones(len(x), bool)
+    while todo.any():
+        left, right = x[todo] >> half, x[todo] & mask
+        for round_key in keys:
+            left, right = right, left ^ (scramble(right + round_key) & mask)
+        x[todo] = left << half | right
+        todo = x >= n
+    return x.astype(np.int64)
+
+
+class Split:
+    """One split of a data set: token ids on disk, dealt out as rows of block_size + 1 tokens.
+
+    Row k is window k mod n of epoch k // n. The n windows of an epoch do not overlap; they stand behind a
+    phase and in an order that (seed, epoch) alone decide, so that a cursor is all the state there is.
+    """
+    def __init__(self, path, tokens, mask, vocab_size, block_size, seed):
+        self.path, self.tokens, self.mask, self.vocab_size = path, tokens, mask, vocab_size
+        self.block_size, self.seed, self.touched = block_size, seed, 0
+        self.n_targets = len(tokens) - 1
+        self.n_windows = max(1, self.n_targets // block_size - 1)
+        self.rows = [np.lib.stride_tricks.sliding_window_view(a, block_size + 1) for a in (tokens, mask) if a is not None]
+        self.starts = lru_cache(maxsize=4)(self._starts)
+
+    def _starts(self, epoch, chunk):
+        """First tokens of windows 4096 * chunk onwards of an epoch, in the order in which they come."""
+        phase = mix(self.seed, epoch, 0) % (self.n_targets - self.n_windows * self.block_size + 1)
+        k = np.arange(4096 * chunk, min(4096 * (chunk + 1), self.n_windows))
+        return permute(k, self.n_windows, mix(self.seed, epoch, 1)) * self.block_size + phase
+
+    def get_batch(self, cursor, batch_size):
+        """Return (x, y), (batch_size, block_size) int64 on the CPU: rows `cursor` onwards, y one token ahead of x."""
+        starts = []
+        while batch_size > 0:
+            epoch, k = divmod(cursor, self.n_windows)
+            chunk, k = divmod(k, 4096)
+            starts.append(self.starts(epoch, chunk)[k:k + batch_size])
+            cursor, batch_size = cursor + len(starts[-1]), batch_size - len(starts[-1])
+        return self.gather(starts[0] if len(starts) == 1 else np.concatenate(starts))
+
+    def gather(self, starts):
+        """The rows that start at `starts` as (x, y); targets that the mask leaves out are -100."""
+        rows = self.rows[0][starts]  # one gather, (B, T + 1)
+        self.touched += len(rows)
+        if self.touched > 1000 and isinstance(self.tokens, np.memmap):  # or resident memory would grow to the file's size
+            self.tokens._mmap.madvise(mmap.MADV_DONTNEED)
+            self.touched = 0
+        if rows.max() >= self.vocab_size:
+            where = starts[(rows >= self.vocab_size).any(1)][0]
+            raise ValueError(f"{self.path}: token id {rows.max()} in the {self.block_size + 1} tokens from {where} on is not "
+                             f"below vocab_size={self.vocab_size}; prepare the data again, or correct its meta.json")
+        rows = torch.from_numpy(rows.astype(np.int64))
+        x, y = rows[:, :-1], rows[:, 1:]
+        if self.mask is not None:
+            y = y.masked_fill(torch.from_numpy(self.rows[1][starts][:, 1:] == 0), -100)
+        return x, y
+
+    def batches(self, batch_size, count=0):
+        """Yield (x, y): the first `count` batches of get_batch, or for 0 the whole split in order, every target
+        once, and -100 where a full batch has no more of them."""
+        T, B = self.block_size, batch_size
+        for i in range(count):
+            yield self.get_batch(i * B, B)
+        if count:
+            return
+        whole = np.arange(self.n_targets // T) * T
+        for first in range(0, len(whole), B):
+            x, y = self.gather(np.resize(whole[first:first + B], B))
+            yield x, y.masked_fill(torch.arange(B)[:, None] >= len(whole) - first, -100)
+        tail = self.n_targets % T
+        if tail:  # the file's last window ends with the tail's tokens: move them to the front
+            x, y = (z.roll(tail, 1) for z in self.gather(np.full(B, self.n_targets - T)))
+            yield x, y.index_fill(0, torch.arange(1, B), -100).index_fill(1, torch.arange(tail, T), -100)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# evaluation, checks
+
+
+@torch.no_grad()
+def evaluate(model, batches, machine):
+    """Mean cross-entropy in nats over the targets of all `batches` of (x, y) that count; the ranks share the work."""
+    was_training = model.training
+    model.eval()
+    losses, count = [], 0
+    for i, (x, y) in enumerate(batches):
+        if i % machine.world_size == machine.rank:
+            with machine.autocast():
+                losses.append(model(machine.to_device(x), machine.to_device(y), reduction="sum")[1])
+            count += int((y != -100).sum())
+    model.train(was_training)
+    nats, count = machine.sum(sum(loss.item() for loss in losses), count)
+    return nats / count
+
+
+def check_settings(s):
+    """Raise one ValueError that lists every setting whose value cannot be."""
+    ranges = {"at least 1": (1, "batch_size gradient_accumulation_steps max_iters eval_interval log_interval"),
+              "at least 2, for the newest may turn out damaged": (2, "keep_checkpoints"),
+              "0 or more": (0, "learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters max_epochs max_hours "
+                               "patience target_loss eval_iters checkpoint_interval sample_interval beta1 beta2 decay_frac")}
+    wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
+    wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
+    if s["lr_schedule"] not in optim.SCHEDULES:
+        wrong.append(f"lr_schedule={s['lr_schedule']!r} is not one of {', '.join(optim.SCHEDULES)}")
+    if s["min_lr"] > s["learning_rate"]:
+        wrong.append(f"min_lr={s['min_lr']} must not be above learning_rate={s['learning_rate']}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def sample_text(model, tokenizer, seed, length=200):
+    """A sample of `length` tokens that starts a new document."""
+    tokenizer = Tokenizer.from_dict(tokenizer)
+    start = torch.full((1, 1), tokenizer.eot or 0, device=next(model.parameters()).device)
+    return tokenizer.decode(model.generate(start, length, top_k=200, seed=seed)[0, 1:].tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the run
+
+if __name__ == "__main__":
+    started = time.monotonic()
+    with user_errors():
+        # What to start from. A resume begins with its run's settings, and the command line is applied on top of them.
+        origin = None
+        if init_from in ("resume", "auto"):
+            origin = checkpoint.newest_sound(out_dir)
+            if origin is None and init_from == "resume":
+                raise ValueError(f"out_dir={out_dir!r} holds nothing to resume; --init_from=auto would start from scratch")
+        elif init_from != "scratch":
+            if not Path(init_from).is_file():
+                raise ValueError(f"init_from={init_from!r} is neither 'scratch', 'resume', 'auto' nor a checkpoint file")
+            origin = Path(init_from), checkpoint.read(init_from)
+        resuming = origin is not None and init_from in ("resume", "auto")
+        if origin:
+            path, state = origin
+            of_this_process = ("out_dir", "init_from", "dry_run", "eval_only", "change_data")
+            inherited = {k: v for k, v in state["config"].items() if k not in of_this_process} if resuming else state["model_args"]
+            settings = configure(globals(), start_from=inherited)
+        check_settings(settings)
+        machine = Machine(device, dtype, compile, backend)
+        main = machine.rank == 0
+        say = partial(print, flush=True) if main else lambda *_: None
+
+        # The data.
+        folder = find_folder(dataset)
+        meta = load_meta(folder)
+        splits = {name: open_split(folder, name, meta, block_size) for name in ("train", "val", "test")}
+        splits = {name: Split(*found, meta["vocab_size"], block_size, seed) for name, found in splits.items() if found}
+        train_data, val_data = splits["train"], splits.get("val")
+        data_id = fingerprint({name: split.tokens for name, split in splits.items()})
+        tokenizer = tokenizer_state(folder, meta)  # travels in the checkpoint
+
+        # The model and its optimizer.
+        model_args = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings} | {"vocab_size": meta["vocab_size"]}
+        config = GPTConfig(**(state["model_args"] if origin else {}) | model_args)
+        if origin:
+            checkpoint.check_architecture(path, state, config)
+            if state["tokenizer"] != tokenizer:
+                raise ValueError(f"{path} was trained with another tokenizer than {folder} has; prepare the data with that one")
+            if resuming and state["dataset_fingerprint"] != data_id and not change_data:
+                raise ValueError(f"{path} was trained on other data than {folder}; --change_data goes on with this all the same")
+        check_causality(config)
+        torch.manual_seed(seed)
+        raw_model = GPT(config)
+        if origin:
+            raw_model.load_state_dict(state["model"])
+        raw_model.to(machine.device)
+        optimizers = optim.configure_optimizers(raw_model, learning_rate, weight_decay, beta1, beta2)
+        scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
+
+        # Where the run stands, and where it goes.
+        iter_num = cursor = tokens = evals_without_gain = 0
+        elapsed_s, best_val_loss = 0.0, math.inf
+        if resuming:
+            optim.load_state_by_name(optimizers, state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            iter_num, cursor, tokens, elapsed_s = (state[k] for k in ("iter_num", "cursor", "tokens", "elapsed_s"))
+            best_val_loss, evals_without_gain = state["best_val_loss"], state["evals_without_gain"]
+        state = None  # a copy of the model and its optimizer less
+        if gradient_accumulation_steps % machine.world_size:
+            near = {max(1, gradient_accumulation_steps // machine.world_size + i) * machine.world_size for i in (0, 1)}
+            raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be dealt evenly to "
+                             f"{machine.world_size} ranks; {' or '.join(map(str, sorted(near)))} can")
+        rows_per_iter = gradient_accumulation_steps * batch_size  # over all ranks
+        tokens_per_iter = rows_per_iter * block_size
+        end, wide = max_iters, len(f"{max_iters:,}")
+        if max_epochs:
+            end = min(end, iter_num + max(0, math.ceil((max_epochs * train_data.n_windows - cursor) / rows_per_iter)))
+        if main and not (dry_run or eval_only):
+            lock = checkpoint.lock(out_dir)  # held until the process ends
+            if not resuming:
+                checkpoint.set_aside(out_dir)
+            checkpoint.write_json({"settings": settings, "environment": machine.environment()}, Path(out_dir) / "config.json")
+
+        # What is about to happen.
+        say(f"model      {raw_model.num_params() / 1e6:,.2f} M parameters, {raw_model.flops_per_token() / 1e6:,.1f} M operations a token")
+        say("\n".join(f"           {line}" for line in optim.describe(optimizers)))
+        for name, split in splits.items():
+            say(f"{name:10} {len(split.tokens):,} tokens, {split.path}")
+        say(f"iteration  {tokens_per_iter:,} tokens = {gradient_accumulation_steps} micro-batches x {batch_size} rows x {block_size} tokens")
+        say(f"run        {end:,} iterations = {end * tokens_per_iter:,} tokens = {end * rows_per_iter / train_data.n_windows:,.2f} epochs")
+        say("\n".join(machine.describe()))
+        if resuming:
+            say(f"resume     {path} at iteration {iter_num:,}")
+
+        def scores(name, loss):
+            """Loss, perplexity and, where the bytes of text are known, bits per byte of a split; printed, too."""
+            n_bytes = meta.get("bytes", {}).get(name)
+            bits = loss * splits[name].n_targets / math.log(2) if n_bytes and splits[name].mask is None else None
+            say(f"eval {iter_num:{wide},}/{end:,}  {name} loss {loss:.4f}  perplexity {math.exp(min(loss, 99)):,.2f}"
+                + (f"  {bits / n_bytes:.4f} bits per byte" if bits else "") + ("  (best)" if loss < best_val_loss else ""))
+            return {f"{name}_loss": loss, f"{name}_ppl": math.exp(min(loss, 99)), f"{name}_bpb": bits and bits / n_bytes}
+
+        if eval_only:
+            for name, split in splits.items():
+                scores(name, evaluate(raw_model, split.batches(batch_size, eval_iters), machine))
+            sys.exit(machine.close())
+
+        model = compiled = raw_model.train()
+        log = Log(settings, silent=dry_run or not main)
+        stop, flags = StopSignals(), LateFlags(machine)
+        clock = elapsed_s - time.perf_counter()  # clock + perf_counter(): the seconds spent training, all sessions together
+        if machine.compile:
+            model = compiled = machine.try_compile(raw_model, *map(machine.to_device, train_data.get_batch(cursor, batch_size)))
+        if machine.world_size > 1:
+            model = DistributedDataParallel(model, device_ids=[machine.device] if machine.type == "cuda" else None)
+
+        def micro_step(micro):
+            """Forward and backward of one micro-batch; returns its loss in nats, summed, and how many targets count."""
+            x, y = train_data.get_batch(cursor + micro * batch_size, batch_size)
+            count = y.numel() if train_data.mask is None else int((y != -100).sum())
+            if dropout:
+                torch.manual_seed(mix(seed, iter_num, micro))
+            model.require_backward_grad_sync = micro + machine.world_size >= gradient_accumulation_steps  # DDP's: on the last one
+            with machine.autocast():
+                _, nats = model(machine.to_device(x), machine.to_device(y), reduction="sum")
+            # Each is divided by the nominal count; the ranks' mean, which DDP takes, is to be their sum.
+            scaler.scale(nats * (machine.world_size / tokens_per_iter)).backward()
+            return nats.detach(), count
+
+        if dry_run:
+            for micro in (machine.rank, machine.rank):  # the first one warms up
+                machine.synchronize()
+                began = time.perf_counter()
+                micro_step(micro)
+            machine.synchronize()
+            seconds = (time.perf_counter() - began) * gradient_accumulation_steps / machine.world_size
+            say(f"dry run    {seconds:.3g} s an iteration, {tokens_per_iter / seconds:,.0f} tokens/s, {duration(seconds * (end - iter_num))} "
+                f"in all; {machine.peak_gib() + 8 * raw_model.num_params() / 2**30:.2f} GiB at the peak, the optimizer's state included")
+            sys.exit(machine.close())
+
+        def snapshot():
+            """This moment as a checkpoint."""
+            return {"model": raw_model.state_dict(), "model_args": asdict(config), "optimizer": optim.state_by_name(optimizers),
+                    "scaler": scaler.state_dict(), "iter_num": iter_num, "cursor": cursor, "tokens": tokens,
+                    "elapsed_s": clock + paused, "best_val_loss": best_val_loss, "evals_without_gain": evals_without_gain,
+                    "config": settings, "tokenizer": tokenizer, "dataset_fingerprint": data_id}
+
+        reason = f"{end:,} iterations are done already; a higher --max_iters goes on" if iter_num >= end else ""
+        last_saved = path if resuming else None
+        first_iter, last = iter_num, (iter_num, elapsed_s)  # last: when the log last spoke
+        while not reason:
+            # One update: the micro-batches of an iteration are dealt to the ranks in turn.
+            factor = optim.lr_factor(iter_num, lr_schedule, warmup_iters, lr_decay_iters or end, decay_frac, min_lr / learning_rate)
+            optim.set_lr(optimizers, factor)
+            nats, count = 0.0, 0
+            for micro in range(machine.rank, gradient_accumulation_steps, machine.world_size):
+                micro_nats, micro_count = micro_step(micro)
+                nats, count = nats + micro_nats, count + micro_count
+            if train_data.mask is not None:  # from the mean over nominal to the mean over actual targets
+                scale = tokens_per_iter / max(1, machine.sum(count)[0])
+                torch._foreach_mul_([p.grad for p in raw_model.parameters()], scale)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+            bad = (~torch.isfinite(grad_norm)).float()
+            for optimizer in optimizers:
+                if not scaler.is_enabled():
+                    optimizer.found_inf = bad  # a fused step looks at it on the device, and leaves the weights alone
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+            iter_num, cursor, tokens = iter_num + 1, cursor + rows_per_iter, tokens + tokens_per_iter
+
+            # What the ranks agree on: is the gradient finite, does a signal or the clock say stop?
+            due_eval = val_data and (iter_num % eval_interval == 0 or iter_num >= end)
+            due_save = iter_num % (checkpoint_interval or eval_interval) == 0 or iter_num >= end
+            out_of_time = bool(max_hours) and time.monotonic() - started > 3600 * max_hours
+            asked = torch.full((1,), float(stop.received or out_of_time), device=machine.device)
+            bad, asked = flags.push(torch.cat([bad.view(1), asked]), wait=due_eval or due_save)
+            if bad and not scaler.is_enabled():
+                raise ValueError(f"the gradient is not finite at iteration {iter_num:,}, and the weights were left alone; "
+                                 f"{last_saved or 'no checkpoint yet'} is the last good checkpoint: lower --learning_rate, then --init_from=resume")
+            if asked:
+                reason = f"max_hours={max_hours:g} is over" if asked == 1 else f"stopped by {signal.Signals(int(asked)).name}"
+            elif iter_num >= end:
+                reason = f"max_iters={max_iters:,} is reached" if end == max_iters else f"max_epochs={max_epochs:g} is reached"
+
+            if iter_num % log_interval == 0 or due_eval or reason:
+                nats, count = machine.sum(float(nats), count)
+                now = clock + time.perf_counter()
+                tok_per_s = (iter_num - last[0]) * tokens_per_iter / (now - last[1])
+                mfu = tok_per_s * raw_model.flops_per_token() / machine.peak_flops() if machine.peak_flops() else None
+                eta = (now - elapsed_s) / (iter_num - first_iter) * (end - iter_num)
+                last = iter_num, now
+                say(f"iter {iter_num:{wide},}/{end:,}  loss {nats / count:.4f}  lr {learning_rate * factor:.2e}  norm {grad_norm:5.2f}  "
+                    f"{tok_per_s:9,.0f} tok/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  eta {duration(eta)}")
+                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=nats / count, lr=learning_rate * factor,
+                          grad_norm=float(grad_norm), tok_per_s=tok_per_s, mfu=mfu)
+
+            # Outside the training clock: evaluation, a sample, checkpoints.
+            paused = time.perf_counter()
+            if due_eval and asked <= 1:
+                val = scores("val", evaluate(compiled, val_data.batches(batch_size, eval_iters), machine))
+                better = val["val_loss"] < best_val_loss
+                best_val_loss = min(best_val_loss, val["val_loss"])
+                evals_without_gain = 0 if better else evals_without_gain + 1
+                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, **val)
+                if val["val_loss"] <= target_loss:
+                    reason = f"target_loss={target_loss:g} is reached"
+                elif patience and evals_without_gain >= patience:
+                    reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
+            if main and sample_interval and iter_num % sample_interval == 0:
+                say(sample_text(raw_model, tokenizer, mix(seed, iter_num)))
+            if main and (due_save or reason):
+                last_saved = checkpoint.save_step(out_dir, snapshot(), keep_checkpoints)
+            if main and due_eval and asked <= 1 and better:
+                checkpoint.save_best(out_dir, snapshot())
+            clock -= time.perf_counter() - paused
+
+        say(f"{reason}; {tokens:,} tokens, {duration(clock + time.perf_counter())} of training, checkpoint {last_saved}")
+        machine.close()
+        if stop.received:
+            sys.exit(128 + stop.received)
