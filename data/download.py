@@ -63,14 +63,12 @@ def _fetch(url, part, sha256, size):
             have = have if resumed else 0  # a server may ignore Range and start again
             length = response.headers.get("Content-Length")
             size = size if size is not None else have + int(length) if length else None
-            progress = Progress(size or 0)
-            with explained(part), open(part, "ab" if resumed else "wb") as f:
+            with Progress(size or 0) as progress, explained(part), open(part, "ab" if resumed else "wb") as f:
                 for chunk in _chunks(response):
                     f.write(chunk)
                     have += len(chunk)
                     progress.done = have
                     progress.show(f"{have / 1e6:,.1f} MB of {part.stem}")
-            progress.clear()
     if size is not None and have < size:
         raise Interrupted(f"the connection dropped after {have:,} of {size:,} bytes")
     with open(part, "rb") as f:

@@ -37,7 +37,7 @@ def split_by_hash(key, val_fraction, test_fraction=0.0):
 
 
 class Progress:
-    """A bar with an ETA on stderr. Whoever reads the input sets `done` and `total` (same unit)."""
+    """A bar with an ETA on stderr, gone after the `with`. Whoever reads the input sets `done` and `total`."""
 
     def __init__(self, total=0):
         self.done, self.total = 0, total
@@ -51,11 +51,13 @@ class Progress:
         self.shown = now
         fraction = min(1.0, self.done / max(1, self.total)) if fraction is None else fraction
         eta = "?" if fraction == 0 else timedelta(seconds=int((now - self.start) * (1 - fraction) / fraction))
-        bar = ("#" * round(30 * fraction)).ljust(30, ".")
-        line = f"[{bar}] {fraction:4.0%}  {note}  ETA {eta}"
+        line = f"[{'#' * round(30 * fraction):.<30}] {fraction:4.0%}  {note}  ETA {eta}"
         print(f"\r{line}\x1b[K" if self.live else f"{line}\n", end="", file=sys.stderr, flush=True)
 
-    def clear(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):  # what is printed next, a table or an error, gets a line of its own
         print("\r\x1b[K" if self.live else "", end="", file=sys.stderr, flush=True)
 
 
@@ -146,18 +148,17 @@ class DatasetWriter:
         for name in self.files:  # meta.json is the last that was opened
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
         print(f"{'split':<6}{'documents':>14}{'tokens':>18}{'bytes/token':>14}")
-        for split, tokens in self.tokens.items():
-            print(f"{split:<6}{self.documents[split]:>14,}{tokens:>18,}{self.bytes[split] / tokens:>14.2f}")
+        for split, n in self.tokens.items():
+            print(f"{split:<6}{self.documents[split]:>14,}{n:>18,}{self.bytes[split] / max(1, n):>14.2f}")
         print(f"wrote {self.folder}")
 
 
 def write_documents(folder, documents, tokenizer, progress=None, limit=0, threads=0, end_of_text=True):
     """Encode `documents`, an iterable of (split, text), on all cores and publish them in `folder`.
 
-    Each document is followed by the end-of-text token where the tokenizer has one and `end_of_text`
-    is not False. `limit` stops after so many documents. The files do not depend on `threads`. (Threads,
-    because tiktoken's core lets go of the interpreter's lock: on two cores they beat processes by a
-    quarter and need neither pickling nor a start-up.)
+    Each document is followed by the end-of-text token, unless the tokenizer has none or `end_of_text` is
+    False. `limit` stops after so many documents. Threads, because tiktoken's core lets go of the interpreter's
+    lock: on two cores they beat processes by a quarter. The files do not depend on their number.
     """
     threads, progress = threads or os.cpu_count(), progress or Progress()
     seen, pending = 0, deque()
@@ -172,7 +173,7 @@ def write_documents(folder, documents, tokenizer, progress=None, limit=0, thread
             n_bytes.append(len(text.encode("utf-8")))
         return {split: (np.concatenate(pieces), sum(n_bytes), len(n_bytes)) for split, (pieces, n_bytes) in parts.items()}
 
-    with DatasetWriter(folder, tokenizer) as writer, ThreadPoolExecutor(threads) as pool:
+    with DatasetWriter(folder, tokenizer) as writer, progress, ThreadPoolExecutor(threads) as pool:
         def drain(keep):
             while len(pending) > keep:  # in the order in which they came, whichever thread is first
                 for split, (ids, n_bytes, n) in pending.popleft().result().items():
@@ -184,7 +185,6 @@ def write_documents(folder, documents, tokenizer, progress=None, limit=0, thread
             pending.append(pool.submit(encode, batch))
             drain(keep=2 * threads)
         drain(keep=0)
-    progress.clear()
 
 
 def batches(documents, limit=0):

@@ -299,6 +299,12 @@ def test_a_broken_conversation_is_named(tmp_path, line, words):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_the_preset_names_settings_that_train_has():
+    result = subprocess.run([sys.executable, ROOT / "train.py", ROOT / "config" / "finetune_instruct.py", "--help"],
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 # --- the hub ---
 
 class Hub(Server):

@@ -69,7 +69,7 @@ if __name__ == "__main__":
         if pad and not max_length:
             raise ValueError("--pad fills conversations up to --max_length=N: set that too")
         progress = Progress(sum(path.stat().st_size for path in paths))
-        with DatasetWriter(out or Path(__file__).parent, encoder, masked=True) as writer:
+        with DatasetWriter(out or Path(__file__).parent, encoder, masked=True) as writer, progress:
             for where, record in islice(documents(paths, progress, key=None), limit or None):
                 messages = messages_of(record, where)
                 ids, mask, n_bytes = encode(messages, encoder, max_length, pad)
@@ -77,5 +77,4 @@ if __name__ == "__main__":
                     writer.add(split_by_hash(repr(messages), val_fraction, test_fraction), ids, n_bytes, mask)
                 skipped += not any(mask)
                 progress.show(f"{writer.documents.total():,} conversations")
-            progress.clear()
         print(f"(bytes are those of the answers; {skipped:,} conversations without one within max_length left out)")

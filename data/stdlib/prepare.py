@@ -59,4 +59,4 @@ if __name__ == "__main__":
         train = [text for split, text in documents if split == "train"]
         vocab, merges = train_bpe(train, vocab_size, special_tokens=("<|endoftext|>",))
         tokenizer = Tokenizer.from_bpe(vocab, merges, special_tokens=("<|endoftext|>",))
-        write_documents(out or Path(__file__).parent, documents, tokenizer)
+        write_documents(out or Path(__file__).parent, documents, tokenizer, limit=len(documents))
