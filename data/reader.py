@@ -21,10 +21,10 @@ ENDINGS = (".txt", ".md", ".jsonl", ".parquet", ".npy", ".npz")
 
 def input_files(names, endings=ENDINGS):
     """The files that `names`, separated by commas, name; a folder stands for all in it with one of the endings, sorted."""
-    if not names:
+    if not names.strip(","):
         raise ValueError("--input is missing: name files or folders, separated by commas (--input=a.txt,folder/)")
     files = []
-    for path in map(Path, names.split(",")):
+    for path in map(Path, filter(None, names.split(","))):
         if path.is_dir():
             files += (found := sorted(file for file in path.rglob("*") if kind(file) in endings and file.is_file()))
         elif not path.is_file():
@@ -183,7 +183,7 @@ def id_documents(path, eot):
         raise ValueError(f"{path}: not a file that numpy saved without pickling: {error}") from None
     for name, ids in arrays.items():
         if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ValueError(f"{name}: expected a 1-D array of integers, found {getattr(ids, 'shape', '')} {getattr(ids, 'dtype', '')}")
+            raise ValueError(f"{name}: expected a 1-D array of integers, found shape {np.shape(ids)} of {np.asarray(ids).dtype}")
         start = 0
         for block in range(0, len(ids), MAX_TEXT):
             stop = min(block + MAX_TEXT, len(ids))

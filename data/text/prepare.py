@@ -49,17 +49,17 @@ def get_tokenizer(name, vocab_size, read):
         vocab, merges = train_bpe((text for split, text in read() if split == "train"), vocab_size)
         return Tokenizer.from_bpe(vocab, merges)
     if name == "char":  # of all splits: a character that only val has would be an error there
-        return Tokenizer.from_text_chars("".join(sorted(set().union(*(text for _, text in read())))))
+        return Tokenizer.from_text_chars("".join({char for _, text in read() for char in set(text)}))
     return Tokenizer.load(name)
 
 
-def write_ids(folder, paths, tokenizer, fractions):
-    """Token ids are kept as they are; the hash of a document's ids decides where it goes."""
+def write_ids(folder, paths, tokenizer, limit, fractions):
+    """Token ids are kept as they are; the hash of the text that they stand for decides where a document goes."""
+    found = (ids for path in paths for ids in id_documents(path, tokenizer.eot))
     with DatasetWriter(folder, tokenizer) as writer:
-        for path in paths:
-            for ids in id_documents(path, tokenizer.eot):
-                text = tokenizer.decode_bytes(ids[ids != tokenizer.eot].tolist())
-                writer.add(split_by_hash(text, *fractions), ids, len(text))
+        for ids in islice(found, limit or None):
+            text = tokenizer.decode_bytes(ids[ids != tokenizer.eot].tolist())
+            writer.add(split_by_hash(text, *fractions), ids, len(text))
 
 
 if __name__ == "__main__":
@@ -68,13 +68,13 @@ if __name__ == "__main__":
         paths = input_files(input)
         folder = out or Path(__file__).parent
         fractions = val_fraction, test_fraction
-        are_ids = [path.suffix in (".npy", ".npz") for path in paths]
+        are_ids = [kind(path) in (".npy", ".npz") for path in paths]
         if not any(are_ids):
             encoder = get_tokenizer(tokenizer, vocab_size, lambda: split_texts(paths, Progress(), key, limit, fractions))
             progress = Progress(sum(path.stat().st_size for path in paths))
             write_documents(folder, split_texts(paths, progress, key, limit, fractions), encoder, progress)
         elif all(are_ids) and tokenizer not in ("bpe", "char"):
-            write_ids(folder, paths, Tokenizer.load(tokenizer), fractions)
+            write_ids(folder, paths, Tokenizer.load(tokenizer), limit, fractions)
         else:
             raise ValueError(f"--input: {paths[are_ids.index(True)]} holds token ids: give all input as ids, and say with "
                              "--tokenizer=gpt2 (or another name, or FILE) what made them")
