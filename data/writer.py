@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -28,7 +28,8 @@ def split_by_hash(key, val_fraction, test_fraction=0.0):
     Position would put a corpus's last author into val; chance would change at every run; with the
     text as the key an exact duplicate lands on the same side as its twin and cannot leak.
     """
-    digest = hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest()
+    key = key if isinstance(key, bytes) else key.encode("utf-8")
+    digest = hashlib.blake2b(key, digest_size=8).digest()
     u = int.from_bytes(digest, "little") / 2**64  # uniform in [0, 1)
     if u < val_fraction:
         return "val"
@@ -36,7 +37,7 @@ def split_by_hash(key, val_fraction, test_fraction=0.0):
 
 
 class Progress:
-    """A bar with an ETA on stderr. Whoever reads the input sets `done` and `total` (same unit)."""
+    """A bar with an ETA on stderr, gone after the `with`. Whoever reads the input sets `done` and `total`."""
 
     def __init__(self, total=0):
         self.done, self.total = 0, total
@@ -48,17 +49,16 @@ class Progress:
         if now - self.shown < (0.2 if self.live else 30):  # a log file needs no animation
             return
         self.shown = now
-        fraction = min(1.0, self.done / self.total if self.total else 0.0) if fraction is None else fraction
+        fraction = min(1.0, self.done / max(1, self.total)) if fraction is None else fraction
         eta = "?" if fraction == 0 else timedelta(seconds=int((now - self.start) * (1 - fraction) / fraction))
-        bar = ("#" * round(30 * fraction)).ljust(30, ".")
-        line = f"[{bar}] {fraction:4.0%}  {note}  ETA {eta}"
-        sys.stderr.write(f"\r{line}\x1b[K" if self.live else line + "\n")
-        sys.stderr.flush()
+        line = f"[{'#' * round(30 * fraction):.<30}] {fraction:4.0%}  {note}  ETA {eta}"
+        print(f"\r{line}\x1b[K" if self.live else f"{line}\n", end="", file=sys.stderr, flush=True)
 
-    def clear(self):
-        if self.live:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):  # what is printed next, a table or an error, gets a line of its own
+        print("\r\x1b[K" if self.live else "", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -82,7 +82,7 @@ class DatasetWriter:
         self.folder, self.tokenizer, self.masked = Path(folder), tokenizer, masked
         self.dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
         self.files = {}  # final name -> open temporary file
-        self.documents, self.tokens, self.bytes = {}, {}, {}
+        self.documents, self.tokens, self.bytes = Counter(), Counter(), Counter()  # by split
         self.max_id = -1
 
     def __enter__(self):
@@ -90,7 +90,10 @@ class DatasetWriter:
         return self
 
     def add(self, split, ids, n_bytes, mask=None, documents=1):
-        """Append token ids (1-D integers) that stand for `n_bytes` of UTF-8 text to `split`."""
+        """Append token ids (1-D integers) that stand for `n_bytes` of UTF-8 text to `split`.
+
+        `mask`, of the same length, is 0 where a token is not to be learnt. ValueError for an id outside the vocabulary.
+        """
         ids = np.asarray(ids)
         if len(ids):
             low, high = int(ids.min()), int(ids.max())
@@ -102,7 +105,7 @@ class DatasetWriter:
         if self.masked:
             self._append(f"{split}.mask.bin", np.asarray(mask, dtype=np.uint8))
         for counter, n in ((self.documents, documents), (self.tokens, len(ids)), (self.bytes, n_bytes)):
-            counter[split] = counter.get(split, 0) + n
+            counter[split] += n
 
     def _append(self, name, array):
         with explained(self.folder / name):
@@ -122,9 +125,9 @@ class DatasetWriter:
 
     def _publish(self):
         for split in ("train", "val"):
-            if not self.tokens.get(split):
+            if not self.tokens[split]:
                 raise ValueError(f"no text fell into the {split} split of {self.folder}: "
-                                 "is the input empty, or --limit or --val_fraction too small?")
+                                 "is the input empty, or do --limit and the fractions leave nothing for it?")
         state = self.tokenizer.to_dict()
         if state["kind"] == "named" and state["name"] != "byte":
             name = state["name"]  # tiktoken knows it; any other tokenizer lies beside the bins
@@ -144,26 +147,20 @@ class DatasetWriter:
             (self.folder / old).unlink(missing_ok=True)
         for name in self.files:  # meta.json is the last that was opened
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
-
-    def table(self):
-        """Documents, tokens and bytes per token of each split, for a person."""
-        lines = [f"{'split':<6}{'documents':>14}{'tokens':>18}{'bytes/token':>14}"]
-        for split in (s for s in ("train", "val", "test") if s in self.tokens):
-            lines.append(f"{split:<6}{self.documents[split]:>14,}{self.tokens[split]:>18,}"
-                         f"{self.bytes[split] / max(1, self.tokens[split]):>14.2f}")
-        return "\n".join(lines)
+        print(f"{'split':<6}{'documents':>14}{'tokens':>18}{'bytes/token':>14}")
+        for split, n in self.tokens.items():
+            print(f"{split:<6}{self.documents[split]:>14,}{n:>18,}{self.bytes[split] / max(1, n):>14.2f}")
+        print(f"wrote {self.folder}")
 
 
 def write_documents(folder, documents, tokenizer, progress=None, limit=0, threads=0, end_of_text=True):
     """Encode `documents`, an iterable of (split, text), on all cores and publish them in `folder`.
 
-    Each document is followed by the end-of-text token where the tokenizer has one and `end_of_text`
-    is not False. `limit` stops after so many documents. The files do not depend on `threads`. (Threads,
-    because tiktoken's core lets go of the interpreter's lock: on two cores they beat processes by a
-    quarter and need neither pickling nor a start-up.)
+    Each document is followed by the end-of-text token, unless the tokenizer has none or `end_of_text` is
+    False. `limit` stops after so many documents. Threads, because tiktoken's core lets go of the interpreter's
+    lock: on two cores they beat processes by a quarter. The files do not depend on their number.
     """
-    threads = threads or os.cpu_count()
-    progress = progress or Progress()
+    threads, progress = threads or os.cpu_count(), progress or Progress()
     seen, pending = 0, deque()
 
     def encode(batch):
@@ -176,22 +173,18 @@ def write_documents(folder, documents, tokenizer, progress=None, limit=0, thread
             n_bytes.append(len(text.encode("utf-8")))
         return {split: (np.concatenate(pieces), sum(n_bytes), len(n_bytes)) for split, (pieces, n_bytes) in parts.items()}
 
-    with DatasetWriter(folder, tokenizer) as writer, ThreadPoolExecutor(threads) as pool:
+    with DatasetWriter(folder, tokenizer) as writer, progress, ThreadPoolExecutor(threads) as pool:
         def drain(keep):
             while len(pending) > keep:  # in the order in which they came, whichever thread is first
                 for split, (ids, n_bytes, n) in pending.popleft().result().items():
                     writer.add(split, ids, n_bytes, documents=n)
-                fraction = seen / limit if limit else None
-                progress.show(f"{seen:,} documents, {sum(writer.tokens.values()):,} tokens", fraction)
+                progress.show(f"{seen:,} documents, {writer.tokens.total():,} tokens", seen / limit if limit else None)
 
         for batch in batches(documents, limit):
             seen += len(batch)
             pending.append(pool.submit(encode, batch))
             drain(keep=2 * threads)
         drain(keep=0)
-    progress.clear()
-    print(writer.table())
-    print(f"wrote {writer.folder}")
 
 
 def batches(documents, limit=0):

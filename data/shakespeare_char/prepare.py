@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, user_errors
-from data.reader import download, read_text
+from data.download import download
+from data.reader import read_text
 from data.tokenizer import Tokenizer
 from data.writer import write_documents
 

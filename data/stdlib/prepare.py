@@ -57,6 +57,5 @@ if __name__ == "__main__":
         documents, skipped = library_documents(folder, val_fraction, test_fraction)
         print(f"{folder}: {len(documents):,} files, {skipped} skipped (not UTF-8)")
         train = [text for split, text in documents if split == "train"]
-        vocab, merges = train_bpe(train, vocab_size, special_tokens=("<|endoftext|>",))
-        tokenizer = Tokenizer.from_bpe(vocab, merges, special_tokens=("<|endoftext|>",))
-        write_documents(out or Path(__file__).parent, documents, tokenizer)
+        vocab, merges = train_bpe(train, vocab_size)
+        write_documents(out or Path(__file__).parent, documents, Tokenizer.from_bpe(vocab, merges), limit=len(documents))

@@ -1,20 +1,13 @@
 """Downloads against a real server on the loopback address that drops, stalls, lies and redirects."""
-import gzip
 import hashlib
 import http.server
-import json
 import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
+import time
 
 import pytest
 
-from data import reader
-from data.writer import Progress
-
-ROOT = Path(__file__).parents[1]
+from data import download
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -23,7 +16,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.drop, self.status, self.redirect, self.requests = {}, {}, {}, {}, []
-        self.ranges = True
+        self.ranges, self.stall = True, set()
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -62,6 +55,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.drop.get(path, 0) > 0:
             server.drop[path] -= 1
             rest = rest[: len(rest) // 2]  # closing early is what a dropped connection looks like
+        if path in server.stall:
+            server.stall.remove(path)
+            self.wfile.write(rest[: len(rest) // 2])
+            time.sleep(1)
+            return
         self.wfile.write(rest)
 
 
@@ -75,7 +73,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(reader, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(download, "BACKOFF_S", 0.001)
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
@@ -88,7 +86,7 @@ BODY = bytes(range(256)) * 9000  # 2.3 MB: more than one chunk
 
 def test_dropped_connections_resume_where_they_broke(server, tmp_path):
     server.files["/a"], server.drop["/a"] = BODY, 8  # more drops than attempts: each brought some bytes
-    path = reader.download(server.url + "/a", tmp_path / "a", sha(BODY), len(BODY))
+    path = download.download(server.url + "/a", tmp_path / "a", sha(BODY), len(BODY))
     assert path.read_bytes() == BODY
     starts = [int(r.removeprefix("bytes=").rstrip("-")) for _, r, _ in server.requests if r]
     assert len(starts) == 8 and starts == sorted(starts) and starts[0] == len(BODY) // 2
@@ -98,7 +96,7 @@ def test_dropped_connections_resume_where_they_broke(server, tmp_path):
 def test_a_killed_run_continues_from_its_part_file(server, tmp_path):
     server.files["/a"] = BODY
     (tmp_path / "a.part").write_bytes(BODY[:1_000_000])
-    assert reader.download(server.url + "/a", tmp_path / "a", sha(BODY)).read_bytes() == BODY
+    assert download.download(server.url + "/a", tmp_path / "a", sha(BODY)).read_bytes() == BODY
     assert server.requests == [("/a", "bytes=1000000-", None)]
 
 
@@ -107,51 +105,80 @@ def test_a_killed_run_continues_from_its_part_file(server, tmp_path):
 def test_a_part_file_with_nothing_left_to_fetch(server, tmp_path, part, size):
     server.files["/a"] = BODY
     (tmp_path / "a.part").write_bytes(part)
-    assert reader.download(server.url + "/a", tmp_path / "a", sha(BODY), size).read_bytes() == BODY
+    assert download.download(server.url + "/a", tmp_path / "a", sha(BODY), size).read_bytes() == BODY
 
 
 def test_a_server_that_ignores_ranges_is_read_from_the_start(server, tmp_path):
     server.files["/a"], server.drop["/a"], server.ranges = BODY, 1, False
-    assert reader.download(server.url + "/a", tmp_path / "a", sha(BODY)).read_bytes() == BODY
+    assert download.download(server.url + "/a", tmp_path / "a", sha(BODY)).read_bytes() == BODY
 
 
 def test_a_damaged_part_file_is_fetched_anew(server, tmp_path):
     server.files["/a"] = BODY
     (tmp_path / "a.part").write_bytes(b"x" * 1000)
-    assert reader.download(server.url + "/a", tmp_path / "a", sha(BODY)).read_bytes() == BODY
+    assert download.download(server.url + "/a", tmp_path / "a", sha(BODY)).read_bytes() == BODY
 
 
 def test_a_wrong_checksum_is_refused_and_nothing_stays(server, tmp_path):
     server.files["/a"] = BODY
     with pytest.raises(ValueError, match=f"cannot download .*/a: .*{sha(BODY)}, expected .*{'0' * 64}"):
-        reader.download(server.url + "/a", tmp_path / "a", "0" * 64)
-    assert len(server.requests) == reader.ATTEMPTS and not list(tmp_path.iterdir())
+        download.download(server.url + "/a", tmp_path / "a", "0" * 64)
+    assert len(server.requests) == download.ATTEMPTS and not list(tmp_path.iterdir())
 
 
 def test_a_wrong_size_is_refused(server, tmp_path):
     server.files["/a"] = BODY
     with pytest.raises(ValueError, match="of 9,999,999 bytes"):
-        reader.download(server.url + "/a", tmp_path / "a", None, 9_999_999)
+        download.download(server.url + "/a", tmp_path / "a", None, 9_999_999)
     assert not (tmp_path / "a").exists()
 
 
 def test_a_busy_server_is_tried_again_and_a_missing_file_is_not(server, tmp_path):
     server.files["/a"], server.status["/a"] = BODY, [503, 429, 500]
-    assert reader.download(server.url + "/a", tmp_path / "a").read_bytes() == BODY
+    assert download.download(server.url + "/a", tmp_path / "a").read_bytes() == BODY
     assert len(server.requests) == 4
     with pytest.raises(ValueError, match="HTTP 404"):
-        reader.download(server.url + "/b", tmp_path / "b")
+        download.download(server.url + "/b", tmp_path / "b")
     assert len(server.requests) == 5
+
+
+def test_a_silent_server_counts_as_dropped(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
+    server.files["/a"], server.stall = BODY, {"/a"}
+    assert download.download(server.url + "/a", tmp_path / "a", sha(BODY)).read_bytes() == BODY
+    assert [r for _, r, _ in server.requests] == [None, f"bytes={2**20}-"]  # the last whole chunk before the silence
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, where every write finds the disk full")
+def test_a_full_disk_is_not_tried_again(server, tmp_path):
+    server.files["/a"] = BODY
+    (tmp_path / "a.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="a.part: No space left on device"):
+        download.download(server.url + "/a", tmp_path / "a", sha(BODY))
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("body", [b"<html>log in</html>", b"{}", b'[{"path": "a"}]', b'["a"]', b"[]",
+                                  b'[{"path": "../../../a.parquet", "size": 1}, {"path": "/a.parquet", "size": 1}]'])
+def test_a_server_that_is_no_hub_is_refused(server, tmp_path, monkeypatch, body):
+    pytest.importorskip("pyarrow", reason="checked before the hub is asked: pip install pyarrow")
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.files["/api/datasets/a/b/tree/main"] = body
+    with pytest.raises(ValueError, match="HF_ENDPOINT|no parquet file"):
+        download.hub_shards("a/b", "", tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "file:///etc")
+    with pytest.raises(ValueError, match="HF_ENDPOINT='file:///etc' is no address"):
+        download.hub_shards("a/c", "", tmp_path)
 
 
 def test_a_local_copy_needs_no_network(tmp_path):
     (tmp_path / "a").write_bytes(b"here")
-    assert reader.download("http://127.0.0.1:9/a", tmp_path / "a", size=4).read_bytes() == b"here"
+    assert download.download("http://127.0.0.1:9/a", tmp_path / "a", size=4).read_bytes() == b"here"
 
 
 def test_without_a_network_one_line_names_the_data_sets_that_need_none(tmp_path):
     with pytest.raises(ValueError) as caught:
-        reader.download("http://127.0.0.1:9/a", tmp_path / "a")  # nobody listens on the discard port
+        download.download("http://127.0.0.1:9/a", tmp_path / "a")  # nobody listens on the discard port
     assert "data/stdlib" in str(caught.value) and "data/text" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -163,7 +190,7 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(server, tmp_path, monkeypa
         monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
         monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
         for i, url in enumerate((server.url + "/a", server.url + "/b", storage.url + "/b")):
-            assert reader.download(url, tmp_path / str(i)).read_bytes() == BODY
+            assert download.download(url, tmp_path / str(i)).read_bytes() == BODY
         assert [(p, a) for p, _, a in server.requests] == [("/a", "Bearer hf_secret"), ("/b", "Bearer hf_secret")]
         assert [(p, a) for p, _, a in storage.requests] == [("/blob", None), ("/b", None)]
     finally:
@@ -177,6 +204,6 @@ def test_no_message_shows_the_token(server, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", token)
         server.files["/a"], server.status["/a"] = BODY, status
         with pytest.raises(ValueError) as caught:
-            reader.download(server.url + "/a", tmp_path / "a")
+            download.download(server.url + "/a", tmp_path / "a")
         assert "cret" not in str(caught.value)
         assert "HF_TOKEN" in str(caught.value) or "500" in str(caught.value)

@@ -1,0 +1,34 @@
+"""FineWeb-Edu: web pages that a classifier found educational. By default the sample of 10 billion tokens.
+
+    python data/fineweb/prepare.py --shards=1    the first of 14 files: 2 GB of parquet, about 0.7 billion tokens
+    python data/fineweb/prepare.py               all of them: 28 GB, then 20 GB of tokens
+
+The one parquet reader is pyarrow (pip install pyarrow). What was downloaded stays in download/.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import configure, user_errors
+from data.download import fetched, hub_shards
+from data.reader import documents
+from data.tokenizer import Tokenizer
+from data.writer import Progress, split_by_hash, write_documents
+
+repo = "HuggingFaceFW/fineweb-edu"  # on the hub ($HF_ENDPOINT); HuggingFaceFW/fineweb has the same layout
+subset = "sample/10BT"  # folder in it: sample/100BT, data/CC-MAIN-2024-10, ...
+revision = "main"
+shards = 0  # how many of the subset's parquet files to take, the first ones; 0: all
+tokenizer = "gpt2"  # or another of tiktoken's, byte, or a tokenizer file
+val_fraction = 0.0005  # of the documents: about 5,000 of the 10BT sample's
+limit = 0  # stop after so many documents; 0: all
+out = ""  # folder to write to; empty means beside this file
+
+if __name__ == "__main__":
+    configure(globals())
+    with user_errors():
+        folder, progress, encoder = Path(__file__).parent, Progress(), Tokenizer.load(tokenizer)
+        files = hub_shards(repo, subset, folder / "download", revision)[: shards or None]
+        texts = documents(fetched(files, progress), progress)
+        split = ((split_by_hash(text, val_fraction), text) for text in texts)
+        write_documents(out or folder, split, encoder, progress, limit)

@@ -1,0 +1,33 @@
+"""OpenWebText: 8 million pages that Reddit linked to, the open twin of GPT-2's training set.
+
+    python data/openwebtext/prepare.py               24 GB of parquet, then about 9 billion tokens, 18 GB
+    python data/openwebtext/prepare.py --limit=20000 a trial
+
+The one parquet reader is pyarrow (pip install pyarrow). What was downloaded stays in download/.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import configure, user_errors
+from data.download import fetched, hub_shards
+from data.reader import documents
+from data.tokenizer import Tokenizer
+from data.writer import Progress, split_by_hash, write_documents
+
+repo = "Skylion007/openwebtext"  # on the hub ($HF_ENDPOINT)
+revision = "main"
+shards = 0  # how many of the 80 parquet files to take, the first ones; 0: all
+tokenizer = "gpt2"  # or another of tiktoken's, byte, or a tokenizer file
+val_fraction = 0.0005  # of the documents: about 4,000
+limit = 0  # stop after so many documents; 0: all
+out = ""  # folder to write to; empty means beside this file
+
+if __name__ == "__main__":
+    configure(globals())
+    with user_errors():
+        folder, progress, encoder = Path(__file__).parent, Progress(), Tokenizer.load(tokenizer)
+        files = hub_shards(repo, "", folder / "download", revision)[: shards or None]
+        texts = documents(fetched(files, progress), progress)
+        split = ((split_by_hash(text, val_fraction), text) for text in texts)
+        write_documents(out or folder, split, encoder, progress, limit)
