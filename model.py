@@ -209,6 +209,15 @@ class GPT(nn.Module):
             elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
                 module.reset_parameters()
 
+    def stacked_rows(self):
+        """{name: rows of each} of the parameters that hold several matrices on top of each other."""
+        c, stacked = self.config, {}
+        for i in range(c.n_layer):
+            stacked[f"blocks.{i}.attn.qkv.weight"] = [c.n_head * c.head_dim] + 2 * [c.n_kv_head * c.head_dim]
+            if c.mlp == "swiglu":
+                stacked[f"blocks.{i}.mlp.up.weight"] = [c.n_ff, c.n_ff]
+        return stacked
+
     def num_params(self):
         """Number of parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())

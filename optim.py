@@ -24,27 +24,78 @@ def lr_factor(iteration, schedule, warmup_iters, decay_end, decay_frac, floor):
     return 1 - (1 - floor) * SCHEDULES[schedule](done)
 
 
-def configure_optimizers(model, learning_rate, weight_decay=0.1, beta1=0.9, beta2=0.95):
+def configure_optimizers(model, optimizer, learning_rate, muon_lr=0.02, weight_decay=0.1, beta1=0.9, beta2=0.95):
     """Return a list of optimizers that together hold every parameter of `model` once.
 
+    optimizer='adamw' (Loshchilov & Hutter) has it all, and decays tensors of two or more dimensions; gains and
+    biases are not decayed, for a zero there is not "simpler" than a one. 'muon' takes the blocks' matrices away.
     Each param_group has, besides torch's keys, `name`, `param_names` and `initial_lr`: the rate that a schedule
-    multiplies. AdamW (Loshchilov & Hutter) decays tensors of two or more dimensions; gains and biases are not
-    decayed, for a zero there is not "simpler" than a one.
+    multiplies.
     """
-    matrices = [(n, p) for n, p in model.named_parameters() if p.dim() >= 2]
-    vectors = [(n, p) for n, p in model.named_parameters() if p.dim() < 2]
+    named = dict(model.named_parameters())
+    hidden = {n: p for n, p in named.items() if optimizer == "muon" and n.startswith("blocks.") and p.dim() == 2}
+    rest = {n: p for n, p in named.items() if n not in hidden}
     table = [  # name, parameters, rate, decay
-        ("matrices", matrices, learning_rate, weight_decay),
-        ("vectors", vectors, learning_rate, 0.0),
+        ("blocks", hidden, muon_lr, 0.0),
+        ("matrices", {n: p for n, p in rest.items() if p.dim() >= 2}, learning_rate, weight_decay),
+        ("vectors", {n: p for n, p in rest.items() if p.dim() < 2}, learning_rate, 0.0),
     ]
-    groups = [dict(params=named, name=name, lr=lr, initial_lr=lr, weight_decay=decay)
-              for name, named, lr, decay in table if named]
-    return [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
+    groups = [dict(params=list(params.items()), name=name, lr=lr, initial_lr=lr, weight_decay=decay)
+              for name, params, lr, decay in table if params]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["name"] != "blocks"], betas=(beta1, beta2), fused=True)]
+    if hidden:
+        optimizers.insert(0, Muon(groups[0], model.stacked_rows()))
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is replaced by the nearest semi-orthogonal matrix (Jordan et al., Muon).
+
+    All directions of a matrix then move by the same amount, also those in which the gradient is small. `rows` names
+    parameters that hold several matrices on top of each other, {name: [rows of each]}. Pieces of equal shape, from
+    whichever layer, are orthogonalised in one batch. State: `momentum_buffer`, of the parameter's shape.
+    """
+
+    def __init__(self, group, rows, momentum=0.95):
+        super().__init__([group], dict(lr=0.02, weight_decay=0.0))
+        self.rows, self.momentum = rows, momentum
+
+    @torch.no_grad()
+    def step(self):
+        group, pieces = self.param_groups[0], {}
+        ok = 1.0 - getattr(self, "found_inf", torch.zeros((), device=group["params"][0].device))  # 0: change nothing
+        for name, p in zip(group["param_names"], group["params"]):
+            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            gradient = torch.where(ok > 0, p.grad, 0.0)
+            buffer.lerp_(gradient, (1 - self.momentum) * ok)
+            nesterov = gradient.lerp(buffer, self.momentum)
+            p.mul_(1 - group["lr"] * group["weight_decay"] * ok)
+            for weight, update in zip(*(t.split(self.rows.get(name, [len(p)])) for t in (p, nesterov))):
+                pieces.setdefault(update.shape, []).append((weight, update))
+        for (rows, cols), pairs in pieces.items():
+            updates = orthogonalize(torch.stack([update for _, update in pairs]))
+            updates *= ok * (-group["lr"] * max(1, rows / cols) ** 0.5)
+            torch._foreach_add_([weight for weight, _ in pairs], list(updates.to(pairs[0][0].dtype)))
+
+
+def orthogonalize(g):
+    """Matrices (n, rows, cols) with the singular vectors of g and singular values near 1, between 0.7 and 1.2.
+
+    Five steps of a quintic Newton-Schulz iteration (coefficients: Jordan et al.), in bfloat16 on a GPU.
+    """
+    x = g.bfloat16() if g.is_cuda else g
+    wide = x.size(-2) <= x.size(-1)
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if wide else x.mT
 
 
 def describe(optimizers):
     """The table of groups and rates, a line each, for the console."""
-    return [f"{type(o).__name__:6} {g['name']:9} {len(g['params']):4d} tensors  {sum(p.numel() for p in g['params']):13,d} "
+    return [f"{type(o).__name__:6} {g['name']:8} {len(g['params']):4d} tensors  {sum(p.numel() for p in g['params']):13,d} "
             f"parameters  lr {g['initial_lr']:.2e}  decay {g['weight_decay']:g}" for o in optimizers for g in o.param_groups]
 
 

@@ -29,7 +29,9 @@ rope_theta = 10000.0        # the slowest RoPE wave turns once in 2 pi rope_thet
 qk_norm = True              # normalise queries and keys
 tie_weights = False         # share the embedding's matrix with the head
 # the optimizer
+optimizer = "muon"          # Muon for the blocks' matrices, AdamW for the rest; or 'adamw' for all
 learning_rate = 6e-4        # AdamW's peak
+muon_lr = 0.02              # Muon's
 weight_decay = 0.1          # on tensors of two or more dimensions
 beta1 = 0.9
 beta2 = 0.95
@@ -220,6 +222,8 @@ def check_settings(s):
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
     wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
+    if s["optimizer"] not in ("muon", "adamw"):
+        wrong.append(f"optimizer={s['optimizer']!r} is neither 'muon' nor 'adamw'")
     if s["lr_schedule"] not in optim.SCHEDULES:
         wrong.append(f"lr_schedule={s['lr_schedule']!r} is not one of {', '.join(optim.SCHEDULES)}")
     if s["min_lr"] > s["learning_rate"] or not s["learning_rate"]:
@@ -286,7 +290,7 @@ if __name__ == "__main__":
         if origin:
             raw_model.load_state_dict(state["model"])
         raw_model.to(machine.device)
-        optimizers = optim.configure_optimizers(raw_model, learning_rate, weight_decay, beta1, beta2)
+        optimizers = optim.configure_optimizers(raw_model, optimizer, learning_rate, muon_lr, weight_decay, beta1, beta2)
         scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
 
         # Where the run stands, and where it goes.
@@ -389,15 +393,15 @@ if __name__ == "__main__":
             if train_data.mask is not None:  # from the mean over nominal to the mean over actual targets
                 scale = tokens_per_iter / max(1, machine.sum(count)[0])
                 torch._foreach_mul_([p.grad for p in raw_model.parameters()], scale)
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
+            for opt in optimizers:
+                scaler.unscale_(opt)
             grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
             bad = (~torch.isfinite(grad_norm)).float()
-            for optimizer in optimizers:
+            for opt in optimizers:
                 if not scaler.is_enabled():
-                    optimizer.found_inf = bad  # a fused step looks at it on the device, and leaves the weights alone
-                scaler.step(optimizer)
-                optimizer.zero_grad()
+                    opt.found_inf = bad  # a step looks at it on the device, and then leaves the weights alone
+                scaler.step(opt)
+                opt.zero_grad()
             scaler.update()
             iter_num, cursor, tokens = iter_num + 1, cursor + rows_per_iter, tokens + tokens_per_iter
 

@@ -1,0 +1,29 @@
+# GPT-2 124M as OpenAI built it, on OpenWebText, with plain AdamW: the baseline that everybody knows.
+#   python data/openwebtext/prepare.py && torchrun --nproc_per_node=8 train.py config/train_gpt2.py
+out_dir = "out-gpt2"
+dataset = "openwebtext"
+# GPT-2's architecture: 124,439,808 parameters
+n_layer = 12
+n_head = 12
+n_embd = 768
+pos_emb = "learned"
+norm = "layernorm"
+mlp = "gelu"
+bias = True
+qk_norm = False
+tie_weights = True
+# 40 micro-batches * 12 rows * 1,024 tokens = 491,520 tokens per iteration, on 1 GPU or on 8
+block_size = 1024
+batch_size = 12
+gradient_accumulation_steps = 40
+# 600,000 iterations * 491,520 tokens = 295 B tokens, 33 passes over OpenWebText's 9 B
+max_iters = 600000
+optimizer = "adamw"
+learning_rate = 6e-4
+min_lr = 6e-5  # a tenth of the peak, as Chinchilla has it
+lr_schedule = "cosine"
+warmup_iters = 2000
+weight_decay = 0.1
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
