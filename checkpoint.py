@@ -6,7 +6,9 @@ best.pt is the one with the lowest validation loss.
 import json
 import os
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,10 +20,14 @@ from model import GPT, GPTConfig
 def write(state, path):
     """Write `state` to `path`, so that at any moment `path` is absent, the old file or the whole new one.
 
-    Raises OSError (a full disk, for one) with the temporary file removed and the old one untouched.
+    Raises OSError (a full disk, for one) with the temporary file removed and the old one untouched, and ValueError
+    before anything is written where a weight is not finite.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    for name, weight in state["model"].items():
+        if not (weight.sum().isfinite() or weight.isfinite().all()):  # a sum is quick, but can overflow by itself
+            raise ValueError(f"{path} was not written, for {name} is not finite; lower --learning_rate, then --init_from=resume")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -29,9 +35,10 @@ def write(state, path):
             os.fsync(file.fileno())  # on disk before the name says so
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a failing write as a RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        cause = error.__context__ or error  # torch's zip writer hides the OSError behind a RuntimeError of its own
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise OSError(f"could not write {path}: {reason}; free some space or name another --out_dir") from error
 
 
@@ -90,29 +97,67 @@ def newest_sound(out_dir):
     return None
 
 
-def save_step(out_dir, state, keep):
-    """Write ckpt_<iter_num>.pt and remove all but the `keep` newest; returns the path."""
+def save(out_dir, state, keep, best=False):
+    """Write ckpt_<iter_num>.pt, as best.pt too where it is the best; of all steps the `keep` newest stay. Returns the path."""
     path = Path(out_dir) / f"ckpt_{state['iter_num']:08d}.pt"
     write(state, path)
-    for old in steps(out_dir)[keep:]:
+    damaged = [p for p in steps(out_dir) if p > path]  # ahead of the run, which resumed behind them
+    for old in damaged + [p for p in steps(out_dir) if p <= path][keep:]:
         old.unlink()
+    if best:
+        link = path.with_name("best.pt.tmp")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)  # the same bytes under a second name
+        except OSError:  # a file system without hard links
+            write(state, path.with_name("best.pt"))
+        else:
+            os.replace(link, path.with_name("best.pt"))
+            sync_folder(out_dir)
     return path
 
 
-def save_best(out_dir, state):
-    """Make `state` out_dir/best.pt; a step of the same iteration lends it its bytes."""
-    best, step = Path(out_dir) / "best.pt", Path(out_dir) / f"ckpt_{state['iter_num']:08d}.pt"
-    if not step.exists():
-        return write(state, best)
-    link = best.with_name("best.pt.tmp")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(step, link)
-    except OSError:  # a file system without hard links
-        write(state, best)
-    else:
-        os.replace(link, best)
-        sync_folder(out_dir)
+class Writer:
+    """Saves in a thread, from a copy, so that training does not wait for the disk; one checkpoint at a time.
+
+    What goes wrong in the thread is raised by the next `wait` or `start`. A process that ends waits for its thread.
+    """
+    def __init__(self, last=None):
+        self.last, self.seconds = last, 0.0  # the newest checkpoint that is on disk; how long the slowest took
+        self.pool, self.job, self.copies = ThreadPoolExecutor(1), None, {}
+
+    def start(self, out_dir, state, keep, best):
+        """Save a copy of `state` as it is now."""
+        self.wait()
+        kept, self.copies = self.copies, {}
+        state = self.copy(state, kept)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.job = self.pool.submit(self.save, out_dir, state, keep, best)
+
+    def copy(self, value, kept):
+        """`value` with its tensors on the CPU, in the memory of the copy before: fresh memory costs more than the copy."""
+        if isinstance(value, dict):
+            return {k: self.copy(v, kept) for k, v in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = value.data_ptr(), value.shape  # a matrix that two names share is copied, and written, once
+        if key not in self.copies:
+            room = kept.get(key)
+            room = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda) if room is None else room
+            self.copies[key] = room.copy_(value, non_blocking=True)
+        return self.copies[key]
+
+    def save(self, *args):
+        began = time.monotonic()
+        self.last = save(*args)
+        self.seconds = max(self.seconds, time.monotonic() - began)
+
+    def wait(self, block=True):
+        """Return when nothing is being written (without `block`: at once), and raise what went wrong."""
+        if self.job and (block or self.job.done()):
+            job, self.job = self.job, None
+            job.result()
 
 
 def lock(out_dir):

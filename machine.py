@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Machine:
     Raises ValueError for a device, dtype or backend that is not to be had here.
     """
 
-    def __init__(self, device="auto", dtype="auto", compile="auto", backend="auto"):
+    def __init__(self, device="auto", dtype="auto", compile="auto", backend="auto", timeout_s=600, deterministic=False):
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         self.rank, self.world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
                                                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
@@ -52,10 +52,13 @@ class Machine:
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # tf32 where autocast leaves a product in float32
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
         if self.world_size > 1:
             if self.backend == "nccl" and self.type != "cuda":
                 raise ValueError(f"backend='nccl' needs CUDA, and the device is {self.device}; --backend=gloo runs on any")
-            dist.init_process_group(self.backend, timeout=timedelta(minutes=10))
+            dist.init_process_group(self.backend, timeout=timedelta(seconds=timeout_s))
 
     def autocast(self):
         """Matrix products in `dtype`, sums in float32; nothing where dtype is float32."""
@@ -135,21 +138,21 @@ class LateFlags:
     def __init__(self, machine):
         self.machine, self.pending = machine, []
 
-    def push(self, flags, wait=False):
-        """Add this iteration's flags (n,) float32 on the device; return those that can be read, with `wait` all of
-        them, as a list of n numbers: their maximum."""
+    def push(self, iter_num, flags, wait=False):
+        """Add an iteration's flags (n,) float32 on the device; return those that can be read, with `wait` all of
+        them, as a list of (iteration, n numbers)."""
         if self.machine.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         if self.machine.type != "cuda":
-            return flags.tolist()
+            return [(iter_num, flags.tolist())]
         copied = torch.cuda.Event()
-        self.pending.append((flags.to("cpu", non_blocking=True), copied))
+        self.pending.append((iter_num, flags.to("cpu", non_blocking=True), copied))
         copied.record()
-        read = [0.0] * len(flags)
+        read = []
         while len(self.pending) > (0 if wait else 1):
-            flags, copied = self.pending.pop(0)
+            iter_num, flags, copied = self.pending.pop(0)
             copied.synchronize()
-            read = list(map(max, read, flags.tolist()))
+            read.append((iter_num, flags.tolist()))
         return read
 
 
@@ -163,10 +166,31 @@ class StopSignals:
 
     def handle(self, number, frame):
         # torchrun passes on the Ctrl-C that the terminal has already sent: within a second it is the same one.
-        if self.received == signal.SIGINT == number and time.monotonic() - self.when > 1:
+        same = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.when < 1
+        if self.received and number == signal.SIGINT and not same:
+            os.write(2, b"\nended at once by a second Ctrl-C; --init_from=resume goes on from the newest whole checkpoint\n")
             os._exit(128 + number)
         if not self.received:
             self.received, self.when = int(number), time.monotonic()
+
+
+@contextmanager
+def explained(settings):
+    """Turn what the hardware and the other ranks do to a run into a ValueError of one line that says what helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        s, text = settings, str(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:  # torch's CPU allocator
+            parts = next((k for k in range(2, s["batch_size"] + 1) if s["batch_size"] % k == 0), 0)
+            same = (f"the same run in less: --batch_size={s['batch_size'] // parts} --gradient_accumulation_steps="
+                    f"{s['gradient_accumulation_steps'] * parts}; a smaller run: " if parts else "")
+            raise ValueError(f"out of memory with batch_size={s['batch_size']} ({first_line(error)}); {same}a block_size below "
+                             f"{s['block_size']}, an n_layer below {s['n_layer']}") from None
+        if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistError)):
+            raise ValueError(f"lost another rank, which ended or did not answer for timeout_s={s['timeout_s']} ({first_line(error)}); "
+                             "see its own message, then --init_from=resume") from None
+        raise
 
 
 class Log:
@@ -176,7 +200,8 @@ class Log:
         self.others, self.file = [], None  # others: functions of (line, iteration)
         if silent:
             return
-        self.file = open(Path(settings["out_dir"]) / "metrics.jsonl", "a", encoding="utf-8")
+        self.path = Path(settings["out_dir"]) / "metrics.jsonl"
+        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for wanted, start in (("wandb_log", start_wandb), ("tensorboard_log", start_tensorboard)):
             try:
                 if settings[wanted]:
@@ -189,7 +214,10 @@ class Log:
         if self.file is None:
             return
         line = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in line.items()}
-        print(json.dumps(line), file=self.file, flush=True)
+        try:
+            os.write(self.file, (json.dumps(line) + "\n").encode())
+        except OSError as error:
+            raise OSError(f"could not write {self.path}: {error.strerror}; free some space, then --init_from=resume") from None
         for other in list(self.others):
             try:
                 other({k: v for k, v in line.items() if v is not None}, line["iter"])

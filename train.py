@@ -3,6 +3,9 @@
     python train.py config/train_small.py            the demo: minutes on a laptop, after data/stdlib/prepare.py
     python train.py --batch_size=4 --compile=False   every setting below is a flag
     torchrun --nproc_per_node=8 train.py             the defaults: GPT-2's shape on OpenWebText
+
+Exit status: 0 the run is done, or max_hours is over; 2 an error that one line explains; 128 + n stopped by signal n
+(143 SIGTERM, 130 Ctrl-C), with a checkpoint once training has begun; 1 a bug.
 """
 # the run
 out_dir = "out"             # checkpoints, metrics.jsonl and config.json go here
@@ -36,6 +39,7 @@ weight_decay = 0.1          # on tensors of two or more dimensions
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0             # largest norm of the whole gradient; 0: no clipping
+skip_nonfinite = 0          # iterations in a row whose gradient may be NaN or infinite, and is then left out; one more ends the run
 # the schedule
 lr_schedule = "cosine"      # or 'linear', 'wsd' (warm up, stay, decay as 1 - sqrt), 'constant'; all warm up
 warmup_iters = 2000         # iterations from 1/warmup_iters of the peak up to the peak
@@ -65,12 +69,16 @@ device = "auto"             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto takes the bes
 dtype = "auto"              # 'float32', 'bfloat16', 'float16' (with a loss scaler); auto takes the fastest safe one
 compile = "auto"            # torch.compile; auto: on CUDA only
 backend = "auto"            # torch.distributed's: 'nccl' on CUDA, else 'gloo'
+timeout_s = 600             # seconds without an answer from another rank that end the run
+deterministic = False       # repeatable kernels on CUDA, where torch has them; a CPU's are in any case
 
 if __name__ == "__main__":  # here, before the seconds that torch takes to import: a typo is answered at once
+    import signal
     from configurator import configure
     settings = configure(globals())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save until training begins
 
-import math, mmap, signal, sys, time
+import math, mmap, sys, time
 from dataclasses import asdict, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -82,50 +90,13 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import optim
 from configurator import user_errors
-from data.splits import find_folder, fingerprint, load_meta, open_split, tokenizer_state
+from data.splits import find_folder, fingerprint, load_meta, mix, open_split, permute, tokenizer_state
 from data.tokenizer import Tokenizer
-from machine import LateFlags, Log, Machine, StopSignals, duration
+from machine import LateFlags, Log, Machine, StopSignals, duration, explained
 from model import GPT, GPTConfig, check_causality
-
-MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of splitmix64
 
 # ---------------------------------------------------------------------------------------------------------------
 # data
-
-
-def scramble(x):
-    """splitmix64's finaliser (Steele et al.): a bijection of uint64 that leaves no visible pattern."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def mix(*numbers):
-    """One 63-bit seed out of several whole numbers; another order gives another seed."""
-    x = np.zeros(1, np.uint64)
-    for number in numbers:
-        x = scramble((x ^ np.array([number % 2**64], np.uint64)) * MIXER + MIXER)
-    return int(x[0] >> np.uint64(1))
-
-
-def permute(k, n, key):
-    """Where the permutation `key` of range(n) sends k, an int64 array of values below n.
-
-    A Feistel network over the smallest even number of bits that holds n; what falls outside is sent through
-    again until it lands inside (Black & Rogaway, cycle walking). Nothing is stored, however large n is.
-    """
-    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = [np.uint64(mix(key, i)) for i in range(6)]
-    x = k.astype(np.uint64)
-    todo = np.ones(len(x), bool)
-    while todo.any():
-        left, right = x[todo] >> half, x[todo] & mask
-        for round_key in keys:
-            left, right = right, left ^ (scramble(right + round_key) & mask)
-        x[todo] = left << half | right
-        todo = x >= n
-    return x.astype(np.int64)
 
 
 class Split:
@@ -215,10 +186,10 @@ def evaluate(model, batches, machine):
 
 def check_settings(s):
     """Raise one ValueError that lists every setting whose value cannot be."""
-    ranges = {"at least 1": (1, "batch_size gradient_accumulation_steps max_iters eval_interval log_interval"),
+    ranges = {"at least 1": (1, "batch_size gradient_accumulation_steps max_iters eval_interval log_interval timeout_s"),
               "at least 2, for the newest may turn out damaged": (2, "keep_checkpoints"),
               "0 or more": (0, "learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters max_epochs max_hours "
-                               "patience target_loss eval_iters checkpoint_interval sample_interval beta1 beta2 decay_frac")}
+                               "patience target_loss skip_nonfinite eval_iters checkpoint_interval sample_interval beta1 beta2 decay_frac")}
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
     wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
@@ -244,7 +215,7 @@ def sample_text(model, tokenizer, seed, length=200):
 
 if __name__ == "__main__":
     started = time.monotonic()
-    with user_errors():
+    with user_errors(), explained(globals()):
         # What to start from. A resume begins with its run's settings, and the command line is applied on top of them.
         origin = None
         if init_from in ("resume", "auto"):
@@ -262,7 +233,7 @@ if __name__ == "__main__":
             inherited = {k: v for k, v in state["config"].items() if k not in of_this_process} if resuming else state["model_args"]
             settings = configure(globals(), start_from=inherited)
         check_settings(settings)
-        machine = Machine(device, dtype, compile, backend)
+        machine = Machine(device, dtype, compile, backend, timeout_s, deterministic)
         main = machine.rank == 0
         say = partial(print, flush=True) if main else lambda *_: None
 
@@ -343,7 +314,6 @@ if __name__ == "__main__":
 
         model = compiled = raw_model.train()
         log = Log(settings, silent=dry_run or not main)
-        stop, flags = StopSignals(), LateFlags(machine)
         clock = elapsed_s - time.perf_counter()  # clock + perf_counter(): the seconds spent training, all sessions together
         if machine.compile:
             model = compiled = machine.try_compile(raw_model, *map(machine.to_device, train_data.get_batch(cursor, batch_size)))
@@ -382,7 +352,11 @@ if __name__ == "__main__":
                     "config": settings, "tokenizer": tokenizer, "dataset_fingerprint": data_id}
 
         reason = f"{end:,} iterations are done already; a higher --max_iters goes on" if iter_num >= end else ""
-        last_saved = path if resuming else None
+        stop, flags, writer = StopSignals(), LateFlags(machine), checkpoint.Writer(path if resuming else None)
+        streak = torch.zeros(1, device=machine.device)  # iterations in a row with a gradient that is not finite
+        skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # at each of them a scaler halves its scale, from 2^16 at first
+        checked, slowest = time.monotonic(), 0.0  # the longest time between two looks at the clock
+        asked = 0  # why the ranks agree to stop: 0 not at all, 1 max_hours, else a signal's number
         first_iter, last = iter_num, (iter_num, elapsed_s)  # last: when the log last spoke
         while not reason:
             # One update: the micro-batches of an iteration are dealt to the ranks in turn.
@@ -397,6 +371,7 @@ if __name__ == "__main__":
                 scaler.unscale_(opt)
             grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
             bad = (~torch.isfinite(grad_norm)).float()
+            streak = (streak + 1) * bad
             for opt in optimizers:
                 if not scaler.is_enabled():
                     opt.found_inf = bad  # a step looks at it on the device, and then leaves the weights alone
@@ -408,12 +383,17 @@ if __name__ == "__main__":
             # What the ranks agree on: is the gradient finite, does a signal or the clock say stop?
             due_eval = val_data and (iter_num % eval_interval == 0 or iter_num >= end)
             due_save = iter_num % (checkpoint_interval or eval_interval) == 0 or iter_num >= end
-            out_of_time = bool(max_hours) and time.monotonic() - started > 3600 * max_hours
-            asked = torch.full((1,), float(stop.received or out_of_time), device=machine.device)
-            bad, asked = flags.push(torch.cat([bad.view(1), asked]), wait=due_eval or due_save)
-            if bad and not scaler.is_enabled():
-                raise ValueError(f"the gradient is not finite at iteration {iter_num:,}, and the weights were left alone; "
-                                 f"{last_saved or 'no checkpoint yet'} is the last good checkpoint: lower --learning_rate, then --init_from=resume")
+            slowest, checked = max(slowest, time.monotonic() - checked), time.monotonic()
+            out_of_time = max_hours and checked - started + slowest + writer.seconds > 3600 * max_hours
+            stop_here = torch.full((1,), float(stop.received or bool(out_of_time)), device=machine.device)
+            for at, (bad, asked) in flags.push(iter_num, torch.cat([streak, stop_here]), wait=due_eval or due_save):
+                if bad > skippable:
+                    writer.wait()
+                    raise ValueError(f"the gradient is not finite at iteration {at:,}, and the weights were left alone; "
+                                     f"{writer.last or 'no checkpoint yet'} is the last good checkpoint: lower --learning_rate, then --init_from=resume")
+                if bad:
+                    say(f"iter {at:{wide},}/{end:,}  skipped, for the gradient is not finite ({bad:.0f} in a row)")
+            writer.wait(block=False)  # raises what went wrong in the thread
             if asked:
                 reason = f"max_hours={max_hours:g} is over" if asked == 1 else f"stopped by {signal.Signals(int(asked)).name}"
             elif iter_num >= end:
@@ -445,13 +425,13 @@ if __name__ == "__main__":
                     reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
             if main and sample_interval and iter_num % sample_interval == 0:
                 say(sample_text(raw_model, tokenizer, mix(seed, iter_num)))
-            if main and (due_save or reason):
-                last_saved = checkpoint.save_step(out_dir, snapshot(), keep_checkpoints)
-            if main and due_eval and asked <= 1 and better:
-                checkpoint.save_best(out_dir, snapshot())
+            better = due_eval and asked <= 1 and better
+            if main and (due_save or reason or better):
+                writer.start(out_dir, snapshot(), keep_checkpoints, better)
             clock -= time.perf_counter() - paused
 
-        say(f"{reason}; {tokens:,} tokens, {duration(clock + time.perf_counter())} of training, checkpoint {last_saved}")
+        writer.wait()
+        say(f"{reason}; {tokens:,} tokens, {duration(clock + time.perf_counter())} of training, checkpoint {writer.last}")
         machine.close()
-        if stop.received:
-            sys.exit(128 + stop.received)
+        if asked > 1:
+            sys.exit(128 + int(asked))

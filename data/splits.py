@@ -1,4 +1,5 @@
-"""A data set on disk: meta.json, and token ids as raw little-endian .bin (or .npy) files, opened and checked."""
+"""A data set on disk: meta.json, and token ids as raw little-endian .bin (or .npy) files, opened and checked; and the
+order in which rows are dealt out, a permutation that is computed and never stored."""
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of splitmix64
 
 
 def find_folder(dataset):
@@ -79,3 +81,38 @@ def fingerprint(splits):
     for name, tokens in sorted(splits.items()):
         digest.update(f"{name} {len(tokens)} ".encode() + tokens[:65536].tobytes() + tokens[-65536:].tobytes())
     return digest.hexdigest()
+
+
+def scramble(x):
+    """splitmix64's finaliser (Steele et al.): a bijection of uint64 that leaves no visible pattern."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def mix(*numbers):
+    """One 63-bit seed out of several whole numbers; another order gives another seed."""
+    x = np.zeros(1, np.uint64)
+    for number in numbers:
+        x = scramble((x ^ np.array([number % 2**64], np.uint64)) * MIXER + MIXER)
+    return int(x[0] >> np.uint64(1))
+
+
+def permute(k, n, key):
+    """Where the permutation `key` of range(n) sends k, an int64 array of values below n.
+
+    A Feistel network over the smallest even number of bits that holds n; what falls outside is sent through
+    again until it lands inside (Black & Rogaway, cycle walking). Nothing is stored, however large n is.
+    """
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = [np.uint64(mix(key, i)) for i in range(6)]
+    x = k.astype(np.uint64)
+    todo = np.ones(len(x), bool)
+    while todo.any():
+        left, right = x[todo] >> half, x[todo] & mask
+        for round_key in keys:
+            left, right = right, left ^ (scramble(right + round_key) & mask)
+        x[todo] = left << half | right
+        todo = x >= n
+    return x.astype(np.int64)

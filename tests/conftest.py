@@ -1,15 +1,19 @@
 """What the tests share: scripts run as processes, and tiny data sets made on the spot."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models, and as many test processes as cores
 
 TINY = ["--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=32", "--batch_size=4", "--gradient_accumulation_steps=2",
@@ -68,3 +72,57 @@ def trained(tmp_path_factory, data):
 
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(out, data, *flags, cwd=None, **kwargs):
+    return run("train.py", *TINY, f"--dataset={data}", f"--out_dir={out}", *flags, cwd=cwd or out.parent, **kwargs)
+
+
+def ok(process):
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def equal(a, b):
+    """Two checkpoints' values, equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return a == b
+
+
+def same_run(a, b):
+    a, b = checkpoint.read(a), checkpoint.read(b)
+    return all(equal(a[k], b[k]) for k in ("model", "optimizer", "iter_num", "cursor", "tokens", "best_val_loss", "evals_without_gain"))
+
+
+def losses(out):
+    return {m["iter"]: m["train_loss"] for m in metrics(out) if "train_loss" in m}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the gauntlet's table: test_faults.py names each test test_<number>_<promise>
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than 20 seconds; make test leaves it out")
+
+
+def pytest_terminal_summary(terminalreporter):
+    cases = {}  # (number, promise): [results, seconds]
+    for result, reports in terminalreporter.stats.items():
+        for report in reports:
+            found = re.search(r"test_faults\.py::test_(\d\d)_(\w+)", getattr(report, "nodeid", ""))
+            if found and result in ("passed", "failed", "error", "skipped", ""):
+                results, seconds = cases.setdefault(found.groups(), [set(), 0.0])
+                results.add(result)
+                cases[found.groups()][1] = seconds + report.duration
+    if cases:
+        terminalreporter.section("the fault gauntlet")
+        width = max(len(promise) for _, promise in cases)
+        for (number, promise), (results, seconds) in sorted(cases.items()):
+            result = next(r for r in ("failed", "error", "skipped", "passed") if r in results)
+            terminalreporter.line(f"{number}  {promise.replace('_', ' '):{width}}  {result:7} {seconds:6.1f} s")
+        missing = sorted({f"{n:02}" for n in range(1, 29)} - {number for number, _ in cases})
+        terminalreporter.line(f"cases without a test in this run: {', '.join(missing)}" if missing else "all 28 cases ran")

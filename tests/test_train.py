@@ -7,37 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, make_data, metrics, refused, run, torchrun
+from conftest import ROOT, TINY, losses, make_data, metrics, ok, refused, run, same_run, train
 
 import checkpoint
 from optim import SCHEDULES, configure_optimizers, lr_factor
-
-
-def train(out, data, *flags, cwd=None, **kwargs):
-    return run("train.py", *TINY, f"--dataset={data}", f"--out_dir={out}", *flags, cwd=cwd or out.parent, **kwargs)
-
-
-def ok(process):
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
-
-
-def equal(a, b):
-    """Two checkpoints' values, equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return a == b
-
-
-def same_run(a, b):
-    a, b = checkpoint.read(a), checkpoint.read(b)
-    return all(equal(a[k], b[k]) for k in ("model", "optimizer", "iter_num", "cursor", "tokens", "best_val_loss", "evals_without_gain"))
-
-
-def losses(out):
-    return {m["iter"]: m["train_loss"] for m in metrics(out) if "train_loss" in m}
 
 
 def test_it_learns_and_says_what_it_does(trained):
@@ -80,38 +53,6 @@ def test_config_json_repeats_the_run(trained, tmp_path):
     assert {"commit", "python", "torch", "device"} <= set(config["environment"])
     ok(run("train.py", out / "config.json", f"--out_dir={tmp_path / 'again'}", cwd=tmp_path))
     assert same_run(out / "ckpt_00000100.pt", tmp_path / "again" / "ckpt_00000100.pt")
-
-
-def test_the_same_command_twice_gives_the_same_run_and_keeps_the_first(tmp_path, data):
-    out = tmp_path / "out"
-    ok(train(out, data))
-    assert "before_1" in ok(train(out, data))
-    assert same_run(out / "before_1" / "ckpt_00000020.pt", out / "ckpt_00000020.pt")
-
-
-@pytest.mark.parametrize("flags", [["--dropout=0.1"], ["--dropout=0.1", "--lr_schedule=wsd", "--gradient_accumulation_steps=3"]])
-def test_resume_is_bit_exact(tmp_path, data, flags):
-    ok(train(tmp_path / "straight", data, *flags))
-    ok(train(tmp_path / "parts", data, *flags, "--max_iters=13", "--lr_decay_iters=20"))
-    ok(run("train.py", "--init_from=resume", "--max_iters=20", f"--out_dir={tmp_path / 'parts'}", cwd=tmp_path))
-    a, b = (checkpoint.read(tmp_path / r / "ckpt_00000020.pt") for r in ("straight", "parts"))
-    assert all(equal(a[k], b[k]) for k in ("model", "optimizer", "iter_num", "cursor", "tokens"))
-    a, b = losses(tmp_path / "straight"), losses(tmp_path / "parts")
-    assert a == b and len(a) == 20
-
-
-def test_looking_does_not_change_the_run(tmp_path, data):
-    """Evaluation and sampling, often or never: the training losses stay."""
-    ok(train(tmp_path / "a", data, "--eval_interval=1000", "--dropout=0.1"))
-    ok(train(tmp_path / "b", data, "--eval_interval=3", "--sample_interval=2", "--dropout=0.1", "--eval_iters=2"))
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
-
-
-def test_two_ranks_are_one_run(tmp_path, data):
-    ok(train(tmp_path / "one", data, "--dropout=0.1"))
-    ok(torchrun(2, *TINY, "--dropout=0.1", f"--dataset={data}", f"--out_dir={tmp_path / 'two'}", cwd=tmp_path))
-    assert same_run(tmp_path / "one" / "ckpt_00000020.pt", tmp_path / "two" / "ckpt_00000020.pt")
-    assert losses(tmp_path / "one") == losses(tmp_path / "two")
 
 
 def test_a_batch_can_be_cut_into_micro_batches(tmp_path, data):
@@ -187,15 +128,6 @@ def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(tmp_path, data)
     assert re.search(r"dry run .* s an iteration, [\d,]+ tokens/s, \S+ in all; [\d.]+ GiB", printed) and not list(tmp_path.iterdir())
 
 
-def test_eval_only_evaluates_every_split_and_updates_nothing(trained, tmp_path):
-    out, _ = trained
-    before = {p: p.read_bytes() for p in out.iterdir()}
-    printed = ok(run("train.py", "--init_from=resume", f"--out_dir={out}", "--eval_only", cwd=tmp_path))
-    val = [m for m in metrics(out) if "val_loss" in m][-1]["val_loss"]
-    assert f"val loss {val:.4f}" in printed and "test loss" in printed and "train loss" in printed
-    assert before == {p: p.read_bytes() for p in out.iterdir()}
-
-
 def test_training_starts_from_a_checkpoints_weights(trained, tmp_path, data):
     out, _ = trained
     printed = ok(run("train.py", f"--init_from={out / 'best.pt'}", *[f for f in TINY if not f.startswith("--n_")], f"--dataset={data}",
@@ -244,20 +176,6 @@ def test_the_defaults_without_data_name_the_command_that_makes_it(tmp_path):
     refused(run("train.py", f"--dataset={tmp_path}", cwd=tmp_path), "prepare.py", "make demo")
     if not (ROOT / "data/openwebtext/train.bin").exists():
         refused(run("train.py", cwd=ROOT), "`python data/openwebtext/prepare.py`", "make demo")
-
-
-def test_a_resume_never_changes_architecture_data_or_tokenizer(trained, tmp_path):
-    out, _ = trained
-    resume = lambda *flags: run("train.py", "--init_from=resume", f"--out_dir={out}", "--max_iters=101", "--dry_run", *flags, cwd=tmp_path)
-    refused(resume("--n_layer=3"), "n_layer=2 there, 3 here")
-    other = make_data(tmp_path / "other", seed=1)
-    refused(resume(f"--dataset={other}"), "other data", "--change_data")
-    ok(resume(f"--dataset={other}", "--change_data"))
-    refused(resume(f"--dataset={make_data(tmp_path / 'larger', vocab_size=50)}"), "vocab_size=48 there, 50 here")
-    spelled = make_data(tmp_path / "spelled")
-    state = json.loads((spelled / "tokenizer.json").read_text())
-    (spelled / "tokenizer.json").write_text(json.dumps(state | {"chars": state["chars"][::-1]}))
-    refused(resume(f"--dataset={spelled}", "--change_data"), "another tokenizer")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,68 @@
+"""Run train.py as it is, with one fault in what surrounds it: python tests/faulty.py FAULT train.py's-flags.
+
+nan_gradient=7        the gradient of iteration 7 holds a NaN
+nan_gradient=7,1      ... on rank 1 alone, before the ranks' gradients meet
+slow_step=0.2         an iteration takes as many seconds longer
+slow_write=2          so does a checkpoint
+slow_setup=3          so does the set-up
+no_module=wandb       a package that is not installed
+no_memory=300         so many MB of address space beyond what the set-up takes
+file_limit=200000     no file grows beyond as many bytes: what a full disk does, where no small disk can be mounted
+"""
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+fault, _, value = sys.argv[1].partition("=")
+sys.argv = [str(ROOT / "train.py"), *sys.argv[2:]]
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in train.py, for the seconds before its own line
+
+import checkpoint
+import machine
+import model
+
+calls = [0]
+if fault == "nan_gradient":
+    iteration, rank = (*map(int, value.split(",")), None)[:2]
+
+    def forward(self, idx, targets=None, **options):
+        logits, loss = plain_forward(self, idx, targets, **options)
+        if self.training and targets is not None:
+            calls[0] += 1
+            if calls[0] == iteration and rank in (None, int(os.environ.get("RANK", 0))):
+                loss.register_hook(lambda gradient: gradient * float("nan"))
+        return logits, loss
+
+    plain_forward, model.GPT.forward = model.GPT.forward, forward
+elif fault == "slow_step":
+    plain_push = machine.LateFlags.push
+    machine.LateFlags.push = lambda *a, **k: (time.sleep(float(value)), plain_push(*a, **k))[1]
+elif fault == "slow_write":
+    plain_write = checkpoint.write
+    checkpoint.write = lambda *a: (time.sleep(float(value)), plain_write(*a))[1]
+elif fault == "slow_setup":
+    plain_check = model.check_causality
+    model.check_causality = lambda config: (print("setting up", flush=True), time.sleep(float(value)), plain_check(config))
+elif fault == "no_module":
+    sys.modules[value] = None
+elif fault == "no_memory":
+    plain_init = machine.LateFlags.__init__
+
+    def init(self, *args):
+        plain_init(self, *args)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + int(value) * 2**20,) * 2)
+
+    machine.LateFlags.__init__ = init
+elif fault == "file_limit":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(value),) * 2)
+else:
+    sys.exit(f"no fault is called {fault!r}")
+runpy.run_path(sys.argv[0], run_name="__main__")
