@@ -1,4 +1,4 @@
-"""What makes a run survive: checkpoints that are whole or not there, found newest first, kept and locked.
+"""What makes a run survive: checkpoints that are whole or not there, found newest first, and kept.
 
 A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts. ckpt_<iteration>.pt are a run's steps,
 best.pt is the one with the lowest validation loss.
@@ -33,21 +33,23 @@ def write(state, path):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())  # on disk before the name says so
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        rename(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        cause = error.__context__ or error  # torch's zip writer hides the OSError behind a RuntimeError of its own
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        cause = error
+        while cause.__context__ and not isinstance(cause, OSError):  # torch's zip writer raises RuntimeErrors on top of it
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"could not write {path}: {reason}; free some space or name another --out_dir") from error
 
 
-def sync_folder(folder):
-    """Make a rename in `folder` survive a power cut; a no-op where folders cannot be opened (Windows)."""
+def rename(temporary, path):
+    """Rename so that it survives a power cut, too, where folders can be synced (not on Windows)."""
+    os.replace(temporary, path)
     if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def read(path):
@@ -106,14 +108,11 @@ def save(out_dir, state, keep, best=False):
         old.unlink()
     if best:
         link = path.with_name("best.pt.tmp")
-        link.unlink(missing_ok=True)
         try:
             os.link(path, link)  # the same bytes under a second name
+            rename(link, path.with_name("best.pt"))
         except OSError:  # a file system without hard links
             write(state, path.with_name("best.pt"))
-        else:
-            os.replace(link, path.with_name("best.pt"))
-            sync_folder(out_dir)
     return path
 
 
@@ -126,6 +125,10 @@ class Writer:
         self.last, self.seconds = last, 0.0  # the newest checkpoint that is on disk; how long the slowest took
         self.pool, self.job, self.copies = ThreadPoolExecutor(1), None, {}
 
+    def prepare(self, state):
+        """Make room for the copies in the thread: memory that is fresh takes longer than the copy itself."""
+        self.job = self.pool.submit(self.copy, state, {})
+
     def start(self, out_dir, state, keep, best):
         """Save a copy of `state` as it is now."""
         self.wait()
@@ -136,7 +139,7 @@ class Writer:
         self.job = self.pool.submit(self.save, out_dir, state, keep, best)
 
     def copy(self, value, kept):
-        """`value` with its tensors on the CPU, in the memory of the copy before: fresh memory costs more than the copy."""
+        """`value` with its tensors on the CPU, in the room that `kept` has for them."""
         if isinstance(value, dict):
             return {k: self.copy(v, kept) for k, v in value.items()}
         if not isinstance(value, torch.Tensor):
@@ -160,30 +163,6 @@ class Writer:
             job.result()
 
 
-def lock(out_dir):
-    """Claim out_dir for this process until it ends, however it ends; returns what must be kept alive.
-
-    Makes the folder. Raises ValueError if another live process has it, OSError if it cannot be written.
-    """
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file = open(out_dir / ".lock", "a+")
-    try:
-        import fcntl  # the kernel drops such a lock with the process, so a kill -9 leaves nothing behind
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        print("note: this system has no flock; see to it that no second run writes the same out_dir", file=sys.stderr)
-    except BlockingIOError:
-        file.seek(0)
-        raise ValueError(f"{out_dir} is in use by another run ({file.read().strip()}); name another --out_dir") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()}")
-    file.flush()
-    for stale in out_dir.glob("*.pt.tmp"):  # of a run that was killed while writing; no one else can be writing now
-        stale.unlink()
-    return file
-
-
 def set_aside(out_dir):
     """Move an earlier run's files, if there are any, into a folder of their own inside out_dir, and say so."""
     out_dir = Path(out_dir)
@@ -195,14 +174,6 @@ def set_aside(out_dir):
     for path in files:
         path.rename(folder / path.name)
     print(f"moved the earlier run in {out_dir} to {folder}")
-
-
-def check_architecture(path, state, config):
-    """Raise ValueError that names what differs between the checkpoint's GPTConfig and `config`; dropout may."""
-    theirs, ours = asdict(GPTConfig(**state["model_args"])), asdict(config)
-    differ = [f"{k}={theirs[k]!r} there, {ours[k]!r} here" for k in ours if k != "dropout" and theirs[k] != ours[k]]
-    if differ:
-        raise ValueError(f"{path} has another architecture: {'; '.join(differ)}; drop the flag, or start from scratch")
 
 
 def load_model(path_or_out_dir, device="cpu"):

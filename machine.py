@@ -1,4 +1,4 @@
-"""What a run stands on: device, dtype, ranks, signals, logs. Every script asks here, so 'auto' means one thing."""
+"""What a run stands on: device, dtype, ranks, signals, its folder, logs. Every script asks here, so 'auto' means one thing."""
 import json
 import os
 import platform
@@ -191,6 +191,30 @@ def explained(settings):
             raise ValueError(f"lost another rank, which ended or did not answer for timeout_s={s['timeout_s']} ({first_line(error)}); "
                              "see its own message, then --init_from=resume") from None
         raise
+
+
+def lock(out_dir):
+    """Claim out_dir for this process until it ends, however it ends; returns what must be kept alive.
+
+    Makes the folder. Raises ValueError if another live process has it, OSError if it cannot be written.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = open(out_dir / ".lock", "a+")
+    try:
+        import fcntl  # the kernel drops such a lock with the process, so a kill -9 leaves nothing behind
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        print("note: this system has no flock; see to it that no second run writes the same out_dir", file=sys.stderr)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{out_dir} is in use by another run ({file.read().strip()}); name another --out_dir") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()}")
+    file.flush()
+    for stale in out_dir.glob("*.pt.tmp"):  # of a run that was killed while writing; no one else can be writing now
+        stale.unlink()
+    return file
 
 
 class Log:

@@ -73,8 +73,9 @@ timeout_s = 600             # seconds without an answer from another rank that e
 deterministic = False       # repeatable kernels on CUDA, where torch has them; a CPU's are in any case
 
 if __name__ == "__main__":  # here, before the seconds that torch takes to import: a typo is answered at once
-    import signal
+    import signal, time
     from configurator import configure
+    started = time.monotonic()
     settings = configure(globals())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save until training begins
 
@@ -92,7 +93,7 @@ import optim
 from configurator import user_errors
 from data.splits import find_folder, fingerprint, load_meta, mix, open_split, permute, tokenizer_state
 from data.tokenizer import Tokenizer
-from machine import LateFlags, Log, Machine, StopSignals, duration, explained
+from machine import LateFlags, Log, Machine, StopSignals, duration, explained, lock
 from model import GPT, GPTConfig, check_causality
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -203,6 +204,14 @@ def check_settings(s):
         raise ValueError("; ".join(wrong))
 
 
+def check_architecture(path, state, config):
+    """Raise ValueError that names what differs between the checkpoint's GPTConfig and `config`; dropout may."""
+    theirs, ours = asdict(GPTConfig(**state["model_args"])), asdict(config)
+    differ = [f"{k}={theirs[k]!r} there, {ours[k]!r} here" for k in ours if k != "dropout" and theirs[k] != ours[k]]
+    if differ:
+        raise ValueError(f"{path} has another architecture: {'; '.join(differ)}; drop the flag, or start from scratch")
+
+
 def sample_text(model, tokenizer, seed, length=200):
     """A sample of `length` tokens that starts a new document."""
     tokenizer = Tokenizer.from_dict(tokenizer)
@@ -214,7 +223,6 @@ def sample_text(model, tokenizer, seed, length=200):
 # the run
 
 if __name__ == "__main__":
-    started = time.monotonic()
     with user_errors(), explained(globals()):
         # What to start from. A resume begins with its run's settings, and the command line is applied on top of them.
         origin = None
@@ -250,7 +258,7 @@ if __name__ == "__main__":
         model_args = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings} | {"vocab_size": meta["vocab_size"]}
         config = GPTConfig(**(state["model_args"] if origin else {}) | model_args)
         if origin:
-            checkpoint.check_architecture(path, state, config)
+            check_architecture(path, state, config)
             if state["tokenizer"] != tokenizer:
                 raise ValueError(f"{path} was trained with another tokenizer than {folder} has; prepare the data with that one")
             if resuming and state["dataset_fingerprint"] != data_id and not change_data:
@@ -283,7 +291,7 @@ if __name__ == "__main__":
         if max_epochs:
             end = min(end, iter_num + max(0, math.ceil((max_epochs * train_data.n_windows - cursor) / rows_per_iter)))
         if main and not (dry_run or eval_only):
-            lock = checkpoint.lock(out_dir)  # held until the process ends
+            claim = lock(out_dir)  # held until the process ends
             if not resuming:
                 checkpoint.set_aside(out_dir)
             checkpoint.write_json({"settings": settings, "environment": machine.environment()}, Path(out_dir) / "config.json")
@@ -393,6 +401,8 @@ if __name__ == "__main__":
                                      f"{writer.last or 'no checkpoint yet'} is the last good checkpoint: lower --learning_rate, then --init_from=resume")
                 if bad:
                     say(f"iter {at:{wide},}/{end:,}  skipped, for the gradient is not finite ({bad:.0f} in a row)")
+            if main and iter_num == first_iter + 1:
+                writer.prepare(snapshot())
             writer.wait(block=False)  # raises what went wrong in the thread
             if asked:
                 reason = f"max_hours={max_hours:g} is over" if asked == 1 else f"stopped by {signal.Signals(int(asked)).name}"

@@ -48,7 +48,10 @@ def open_split(folder, split, meta, block_size):
         tokens = np.memmap(path, meta["dtype"], mode="r") if path.stat().st_size else np.empty(0)
     elif path.with_suffix(".npy").is_file():
         path = path.with_suffix(".npy")
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is not a file of plain numbers: {error}; prepare the data again") from None
         if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
             raise ValueError(f"{path} must be one row of whole numbers, not {tokens.ndim}-dimensional {tokens.dtype}")
     elif split == "train":
@@ -72,7 +75,10 @@ def open_split(folder, split, meta, block_size):
 def tokenizer_state(folder, meta):
     """What travels in a checkpoint, for Tokenizer.from_dict: a tokenizer file's content, or a well-known name."""
     file = folder / meta.get("tokenizer", "gpt2")
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"kind": "named", "name": file.name}
+    try:
+        return json.loads(file.read_bytes()) if file.is_file() else {"kind": "named", "name": file.name}
+    except ValueError as error:
+        raise ValueError(f"{file} is not a tokenizer file: {error}; prepare the data again") from None
 
 
 def fingerprint(splits):

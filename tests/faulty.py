@@ -7,8 +7,10 @@ slow_write=2          so does a checkpoint
 slow_setup=3          so does the set-up
 no_module=wandb       a package that is not installed
 no_memory=300         so many MB of address space beyond what the set-up takes
+peak_memory           none: prints the largest resident memory in MB at the end
 file_limit=200000     no file grows beyond as many bytes: what a full disk does, where no small disk can be mounted
 """
+import atexit
 import os
 import resource
 import runpy
@@ -44,6 +46,7 @@ elif fault == "slow_step":
     plain_push = machine.LateFlags.push
     machine.LateFlags.push = lambda *a, **k: (time.sleep(float(value)), plain_push(*a, **k))[1]
 elif fault == "slow_write":
+    print("clock", time.monotonic())
     plain_write = checkpoint.write
     checkpoint.write = lambda *a: (time.sleep(float(value)), plain_write(*a))[1]
 elif fault == "slow_setup":
@@ -60,6 +63,8 @@ elif fault == "no_memory":
         resource.setrlimit(resource.RLIMIT_AS, (used + int(value) * 2**20,) * 2)
 
     machine.LateFlags.__init__ = init
+elif fault == "peak_memory":
+    atexit.register(lambda: print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 elif fault == "file_limit":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(value),) * 2)
