@@ -401,8 +401,6 @@ if __name__ == "__main__":
                                      f"{writer.last or 'no checkpoint yet'} is the last good checkpoint: lower --learning_rate, then --init_from=resume")
                 if bad:
                     say(f"iter {at:{wide},}/{end:,}  skipped, for the gradient is not finite ({bad:.0f} in a row)")
-            if main and iter_num == first_iter + 1:
-                writer.prepare(snapshot())
             writer.wait(block=False)  # raises what went wrong in the thread
             if asked:
                 reason = f"max_hours={max_hours:g} is over" if asked == 1 else f"stopped by {signal.Signals(int(asked)).name}"
@@ -423,6 +421,8 @@ if __name__ == "__main__":
 
             # Outside the training clock: evaluation, a sample, checkpoints.
             paused = time.perf_counter()
+            if main and iter_num == first_iter + 1:
+                writer.prepare(snapshot())
             if due_eval and asked <= 1:
                 val = scores("val", evaluate(compiled, val_data.batches(batch_size, eval_iters), machine))
                 better = val["val_loss"] < best_val_loss
