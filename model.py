@@ -190,7 +190,8 @@ class GPT(nn.Module):
 
         Matrices are normal with (3 fan_in)^-0.5, which is GPT-2's 0.02 at GPT-2's width of 768. An untied head
         and the projections into the residual stream start at zero: every block starts as the identity and the
-        first loss is exactly ln(vocab_size). A tied head cannot be zero, so there the model starts as GPT-2 does.
+        first loss is exactly ln(vocab_size). Embeddings then start at 1, the scale at which a block's first
+        updates arrive. A tied head cannot be zero, so there the model starts as GPT-2 does.
         """
         tied = self.config.tie_weights
         for name, module in self.named_modules():
@@ -205,7 +206,7 @@ class GPT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02 if tied else 1.0)
             elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
                 module.reset_parameters()
 

@@ -118,6 +118,6 @@ def load_state_by_name(optimizers, state):
     """
     for o in optimizers:
         for name, p in ((n, p) for g in o.param_groups for n, p in zip(g["param_names"], g["params"])):
-            if name not in state:
-                raise ValueError(f"the checkpoint has no optimizer state for {name}")
+            if name not in state or ("momentum_buffer" in state[name]) != isinstance(o, Muon):
+                raise ValueError(f"the checkpoint has no {type(o).__name__} state for {name}; resume with the run's own --optimizer")
             o.state[p] = {k: v.to(p.device, copy=True) for k, v in state[name].items()}

@@ -8,13 +8,14 @@ gradient_accumulation_steps = 1  # 1 * 16 * 128 = 2,048 tokens per iteration
 n_layer = 4
 n_head = 4
 n_embd = 192
-learning_rate = 3e-3
+optimizer = "muon"
+muon_lr = 0.03
+learning_rate = 2e-2
 min_lr = 0.0
 lr_schedule = "linear"
 decay_frac = 1.0
-beta2 = 0.99
-warmup_iters = 30
-max_iters = 1000  # 1,000 * 2,048 = 2.0 M tokens, 0.9 epochs
-eval_interval = 250
+warmup_iters = 10
+max_iters = 700  # 700 * 2,048 = 1.4 M tokens, 0.6 epochs
+eval_interval = 175
 eval_iters = 0
 log_interval = 25
