@@ -74,11 +74,11 @@ def measure(contestants, repeats, seconds, synchronize=lambda: None):
 def loader_contestants(s):
     """get_batch, and a loop that slices, converts and stacks row by row, over the same windows of 40 M tokens."""
     B, T, kind = s["batch_size"], s["block_size"], np.uint16 if s["vocab_size"] <= 2**16 else np.uint32
-    path = Path(tempfile.mkdtemp()) / "train.bin"
-    np.random.default_rng(0).integers(0, s["vocab_size"], 40_000_000).astype(kind).tofile(path)
-    tokens = np.memmap(path, kind, mode="r")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.bin"
+        np.random.default_rng(0).integers(0, s["vocab_size"], 40_000_000).astype(kind).tofile(path)
+        tokens = np.memmap(path, kind, mode="r")  # the mapping outlives the file
     split = Split(path, tokens, None, s["vocab_size"], T, seed=0)
-    path.unlink()  # the mapping keeps the bytes
     order = np.concatenate([split.starts(0, chunk) for chunk in range(-(-split.n_windows // 4096))])
     ours, theirs = (itertools.cycle(range(0, split.n_windows - B, B)) for _ in range(2))
 
@@ -90,7 +90,7 @@ def loader_contestants(s):
     contestants = {"get_batch": lambda: split.get_batch(next(ours), B), "loop over rows": loop}
     for _ in range(3):
         assert all(map(torch.equal, *(f() for f in contestants.values()))), "both must deal the same windows"
-    return contestants, B * T, "tokens/s"
+    return contestants, B * T
 
 
 def build(s, machine):
@@ -149,18 +149,14 @@ def matmul_flops(machine, n):
     return lambda: a @ b, 2 * n**3
 
 
-def report(times, amount, unit, as_json, extra):
-    """Print median and spread of amount / time for every contestant, and how the first compares with the others."""
-    first = next(iter(times.values()))
-    rows = {name: {"median": amount[name] / statistics.median(t), "lowest": amount[name] / max(t), "highest": amount[name] / min(t),
-                   "ratio": statistics.median(b * amount[next(iter(times))] / (a * amount[name]) for a, b in zip(first, t))} for name, t in times.items()}
-    if as_json:
-        return print(dumps({"unit": unit, "results": rows} | extra))
-    print(f"{unit:24} {'median':>14} {'lowest':>14} {'highest':>14}   the first is")
-    for name, r in rows.items():
-        print(f"{name:24} {r['median']:14,.0f} {r['lowest']:14,.0f} {r['highest']:14,.0f}   {r['ratio']:.2f} x as fast")
-    for key, value in extra.items():
-        print(f"{key}: {value}")
+def summary(times, tokens):
+    """{name: median, lowest and highest tokens a second, and how often the first contestant's rate is that of this one}."""
+    first, rows = next(iter(times)), {}
+    for name, t in times.items():
+        ratios = [(tokens[first] / a) / (tokens[name] / b) for a, b in zip(times[first], t)]  # round by round
+        rows[name] = {"median": tokens[name] / statistics.median(t), "lowest": tokens[name] / max(t),
+                      "highest": tokens[name] / min(t), "ratio": statistics.median(ratios)}
+    return rows
 
 
 if __name__ == "__main__":
@@ -168,32 +164,44 @@ if __name__ == "__main__":
         if task not in ("step", "loader", "sample"):
             raise ValueError(f"task={task!r} is not one of step, loader, sample")
         machine = Machine(device, dtype, compile)
-        other = dict(settings)
-        if vs:
-            other = configure(dict(globals()), start_from=settings, argv=shlex.split(vs))
-        extra = {"machine": f"{machine.name()}, {torch.get_num_threads()} threads, {str(machine.dtype).removeprefix('torch.')}, torch {torch.__version__}"}
+        other = configure(dict(globals()), start_from=settings, argv=shlex.split(vs))
+        other_machine = Machine(other["device"], other["dtype"], other["compile"])
+        facts = {"machine": f"{machine.name()}, {torch.get_num_threads()} threads, {str(machine.dtype).removeprefix('torch.')}, "
+                            f"torch {torch.__version__}"}
+
+        # The contestants, and how many tokens a call of each is good for.
+        parts = {}
         if task == "loader":
-            contestants, per_call, unit = loader_contestants(settings)
-            amount = dict.fromkeys(contestants, per_call)
-            times = measure(contestants, repeats, seconds)
+            contestants, per_call = loader_contestants(settings)
+            tokens = dict.fromkeys(contestants, per_call)
         elif task == "sample":
-            contestants = {"cached": make_sampler(settings, machine)} | ({vs: make_sampler(other, Machine(other["device"], other["dtype"], other["compile"]))}
-                                                                         if vs else {"uncached": make_sampler(settings, machine, cached=False)})
-            unit, amount = "tokens/s, all rows", {n: s["batch_size"] * s["new_tokens"] for n, s in zip(contestants, (settings, other))}
-            times = measure(contestants, repeats, seconds, machine.synchronize)
+            contestants = {"cached": make_sampler(settings, machine)}
+            name = vs or "uncached"
+            contestants[name] = make_sampler(other, other_machine, cached=bool(vs))
+            tokens = {"cached": batch_size * new_tokens, name: other["batch_size"] * other["new_tokens"]}
         else:
             step, parts, model = make_step(settings, machine)
-            contestants = {"this": step}
+            contestants, tokens = {"this": step}, {"this": batch_size * block_size}
             if vs:
-                contestants[vs], _, _ = make_step(other, Machine(other["device"], other["dtype"], other["compile"]))
-            product, operations = matmul_flops(machine, 8192 if machine.type == "cuda" else 1024)
-            times = measure(contestants | parts | {"product": product}, repeats, seconds, machine.synchronize)
-            ceiling = operations / statistics.median(times.pop("product"))
-            whole = statistics.median(times["this"])
-            achieved = model.flops_per_token() * batch_size * block_size / whole
-            extra |= {part: f"{statistics.median(times.pop(part)) / whole:.1%} of a step" for part in parts}
-            extra["operations"] = (f"{achieved / 1e12:.3f} TFLOP/s, {achieved / ceiling:.1%} of a large matrix product's {ceiling / 1e12:.3f}"
-                                   + (f", {achieved / machine.peak_flops():.1%} of the data sheet's" if machine.peak_flops() else ""))
-            extra["peak memory"] = f"{machine.peak_gib():.2f} GiB"
-            unit, amount = "tokens/s", {n: s["batch_size"] * s["block_size"] for n, s in zip(contestants, (settings, other))}
-        report(times, amount, unit, json, extra)
+                contestants[vs], _, _ = make_step(other, other_machine)
+                tokens[vs] = other["batch_size"] * other["block_size"]
+            parts["product"], operations = matmul_flops(machine, 8192 if machine.type == "cuda" else 1024)
+
+        times = measure(contestants | parts, repeats, seconds, machine.synchronize)
+        if task == "step":
+            whole, ceiling = statistics.median(times["this"]), operations / statistics.median(times.pop("product"))
+            for part in list(parts)[:-1]:
+                facts[part] = f"{statistics.median(times.pop(part)) / whole:.1%} of a step"
+            achieved = model.flops_per_token() * tokens["this"] / whole
+            facts["operations"] = f"{achieved / 1e12:.3f} TFLOP/s, {achieved / ceiling:.1%} of a large matrix product's {ceiling / 1e12:.3f}"
+            if machine.peak_flops():
+                facts["operations"] += f", {achieved / machine.peak_flops():.1%} of the data sheet's"
+            facts["peak memory"] = f"{machine.peak_gib():.2f} GiB"
+        rows = summary(times, tokens)
+        if json:
+            print(dumps({"unit": "tokens/s", "results": rows} | facts))
+        else:
+            print(f"{'tokens/s':24} {'median':>14} {'lowest':>14} {'highest':>14}   the first is")
+            for name, r in rows.items():
+                print(f"{name:24} {r['median']:14,.0f} {r['lowest']:14,.0f} {r['highest']:14,.0f}   {r['ratio']:.2f} x as fast")
+            print("\n".join(f"{key}: {value}" for key, value in facts.items()))
