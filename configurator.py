@@ -81,13 +81,13 @@ def overrides(arg, settings):
         line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
         raise ValueError(f"{arg}, line {line}: {type(error).__name__}: {error}") from None
     return [(k, v, arg) for k, v in namespace.items() if not k.startswith("_")
-            and v is not settings.get(k) and not callable(v) and not isinstance(v, type(ast))]
+            and (k not in settings or v is not settings[k]) and not callable(v) and not isinstance(v, type(ast))]
 
 
 def checked(key, value, default, source):
     """`value` in the type of `default`; text (from a flag) is read as that type's literal first."""
     kind = type(default)
-    if default == "auto" and str(value) in BOOLS:  # compile, for one: 'auto' or a plain yes or no
+    if default == "auto" and str(value) in ("True", "true", "False", "false"):  # compile: 'auto', or a plain yes or no
         return BOOLS[str(value)]
     try:
         if kind is bool:

@@ -43,6 +43,11 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("head_dim", "n_ff", "n_kv_head", "norm_eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta={self.rope_theta} must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
         if not self.head_dim and self.n_embd % self.n_head:
@@ -52,7 +57,7 @@ class GPTConfig:
                              f"n_head={' or '.join(map(str, near))} would do")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_kv_head < 0 or self.n_head % self.n_kv_head:
+        if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         if self.pos_emb == "rope" and self.head_dim % 2:
             raise ValueError(f"RoPE turns pairs of channels: the head size {self.head_dim} (n_embd / n_head) must be even")
@@ -63,10 +68,17 @@ class GPTConfig:
 CHOICES = {"norm": ("rmsnorm", "layernorm"), "mlp": ("relu2", "gelu", "swiglu"), "pos_emb": ("rope", "learned")}
 
 
+class RMSNorm(nn.RMSNorm):
+    """Zhang & Sennrich, with the gain in the input's dtype: under autocast a mixture would miss the fused kernel."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config):
     if config.norm == "layernorm":
         return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
-    return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return RMSNorm(config.n_embd, eps=config.norm_eps)
 
 
 def rope_table(config):
@@ -112,8 +124,8 @@ class Attention(nn.Module):
         self.head_dim, self.dropout = config.head_dim, config.dropout
         self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias)
         self.proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope=None, cache=None):
         B, T, C = x.shape
@@ -188,14 +200,15 @@ class GPT(nn.Module):
     def init_weights(self):
         """Draw the parameters anew from torch's global generator.
 
-        Matrices are normal with (3 fan_in)^-0.5, which is GPT-2's 0.02 at GPT-2's width of 768. An untied head
-        and the projections into the residual stream start at zero: every block starts as the identity and the
-        first loss is exactly ln(vocab_size). A tied head cannot be zero, so there the model starts as GPT-2 does.
+        An untied head and the projections into the residual stream start at zero: every block starts as the
+        identity, and the first loss is exactly ln(vocab_size). The other matrices are normal with (3 fan_in)^-0.5,
+        GPT-2's 0.02 carried from its width of 768 to any other, and embeddings with 1. A tied head cannot be zero:
+        there everything starts as in GPT-2, at 0.02, the projections smaller by the root of their number.
         """
         tied = self.config.tie_weights
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                std = (3 * module.in_features) ** -0.5
+                std = 0.02 if tied else (3 * module.in_features) ** -0.5
                 if name.endswith(("proj", "down")):
                     std *= (2 * self.config.n_layer) ** -0.5 if tied else 0.0
                 if name != "lm_head":
@@ -205,7 +218,7 @@ class GPT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02 if tied else 1.0)
             elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
                 module.reset_parameters()
 
@@ -302,13 +315,13 @@ class GPT(nn.Module):
 
 
 def check_sampling(idx, max_new_tokens, temperature, top_k, top_p):
-    problem = (f"the prompt must be (B, T) with at least one token, not {tuple(idx.shape)}" if idx.dim() != 2 or not idx.numel()
-               else f"max_new_tokens={max_new_tokens} must not be negative" if max_new_tokens < 0
-               else f"temperature={temperature} must not be negative" if temperature < 0
-               else f"top_k={top_k} must not be negative (0 keeps all tokens)" if top_k and top_k < 0
-               else f"top_p={top_p} must lie in [0, 1] (0 keeps all tokens)" if top_p and not 0 < top_p <= 1 else None)
-    if problem:
-        raise ValueError(problem)
+    if idx.dim() != 2 or not idx.numel():
+        raise ValueError(f"the prompt must be (B, T) with at least one token, not {tuple(idx.shape)}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("top_k", top_k or 0)):
+        if value < 0:
+            raise ValueError(f"{name}={value} must not be negative")
+    if top_p and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must lie in [0, 1] (0 keeps all tokens)")
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -344,6 +357,8 @@ def check_causality(config):
         idx = torch.randint(64, (2, 16), generator=generator)
         other = torch.cat([idx[:, :8], (idx[:, 8:] + 1) % 64], dim=1)  # the same past, another future
         before, after = model(idx)[0][:, :8], model(other)[0][:, :8]
-    if not (before - after).abs().max() <= 1e-5 * before.abs().max():  # rounding; a NaN is no pass
+    if not before.isfinite().all():
+        raise ValueError("model.py computes logits that are not finite from random parameters")
+    if (before - after).abs().max() > 1e-5 * before.abs().max():  # more than rounding
         raise ValueError("model.py leaks the future: changing tokens 8 to 15 changed the logits of positions 0 to 7; "
                          "look for a missing causal mask or an operation along the time axis")

@@ -65,7 +65,9 @@ class Muon(torch.optim.Optimizer):
         group, pieces = self.param_groups[0], {}
         ok = 1.0 - getattr(self, "found_inf", torch.zeros((), device=group["params"][0].device))  # 0: change nothing
         for name, p in zip(group["param_names"], group["params"]):
-            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffer = self.state[p]["momentum_buffer"]
             gradient = torch.where(ok > 0, p.grad, 0.0)
             buffer.lerp_(gradient, (1 - self.momentum) * ok)
             nesterov = gradient.lerp(buffer, self.momentum)
@@ -79,9 +81,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(g):
-    """Matrices (n, rows, cols) with the singular vectors of g and singular values near 1, between 0.7 and 1.2.
+    """Matrices (n, rows, cols) with the singular vectors of g (n, rows, cols) and singular values near 1.
 
-    Five steps of a quintic Newton-Schulz iteration (coefficients: Jordan et al.), in bfloat16 on a GPU.
+    Five steps of a quintic Newton-Schulz iteration (coefficients: Jordan et al.), in bfloat16 on a GPU: values above
+    about 1 % of the matrix's norm land between 0.6 and 1.25, smaller ones on the way there.
     """
     x = g.bfloat16() if g.is_cuda else g
     wide = x.size(-2) <= x.size(-1)
@@ -118,6 +121,6 @@ def load_state_by_name(optimizers, state):
     """
     for o in optimizers:
         for name, p in ((n, p) for g in o.param_groups for n, p in zip(g["param_names"], g["params"])):
-            if name not in state:
-                raise ValueError(f"the checkpoint has no optimizer state for {name}")
+            if name not in state or ("momentum_buffer" in state[name]) != isinstance(o, Muon):
+                raise ValueError(f"the checkpoint has no {type(o).__name__} state for {name}; resume with the run's own --optimizer")
             o.state[p] = {k: v.to(p.device, copy=True) for k, v in state[name].items()}

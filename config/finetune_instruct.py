@@ -12,6 +12,7 @@ batch_size = 8
 gradient_accumulation_steps = 4  # 8 * 4 = 32 windows: 32,768 tokens per iteration at a block_size of 1,024
 
 max_epochs = 3.0  # more than a few passes over some thousand answers learn them by heart
+optimizer = "adamw"  # Muon moves every direction of a matrix: right for building up, too much for bending
 learning_rate = 3e-5  # a twentieth of pre-training's 6e-4: bend what is there, do not overwrite it
 min_lr = 0.0
 lr_schedule = "linear"

@@ -2,7 +2,7 @@
 #   python data/openwebtext/prepare.py && torchrun --nproc_per_node=8 train.py config/train_gpt2.py
 out_dir = "out-gpt2"
 dataset = "openwebtext"
-# GPT-2's architecture: 124,439,808 parameters
+# GPT-2's architecture: 124,439,808 parameters, and 36,096 that pad the vocabulary to a multiple of 64
 n_layer = 12
 n_head = 12
 n_embd = 768
@@ -20,7 +20,7 @@ gradient_accumulation_steps = 40
 max_iters = 600000
 optimizer = "adamw"
 learning_rate = 6e-4
-min_lr = 6e-5  # a tenth of the peak, as Chinchilla has it
+min_lr = 6e-5
 lr_schedule = "cosine"
 warmup_iters = 2000
 weight_decay = 0.1

@@ -3,6 +3,7 @@ order in which rows are dealt out, a permutation that is computed and never stor
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,8 @@ def load_meta(folder):
     if (folder / "meta.pkl").exists():
         raise ValueError(f"{folder} has a meta.pkl, which is never opened since a pickle can run code; "
                          f"python data/text/prepare.py --input=YOUR_TEXT --tokenizer=char --out={folder} makes a meta.json")
+    if (folder / "train.bin").is_file() or (folder / "train.npy").is_file():
+        print(f"note: {folder} has no meta.json; taking its files for uint16 ids of GPT-2's vocabulary", file=sys.stderr)
     return {"vocab_size": 50257, "dtype": "uint16", "tokenizer": "gpt2"}
 
 
@@ -41,11 +44,11 @@ def open_split(folder, split, meta, block_size):
     """
     path = folder / f"{split}.bin"
     if path.is_file():
-        itemsize = np.dtype(meta["dtype"]).itemsize
-        if path.stat().st_size % itemsize:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, no multiple of {itemsize} ({meta['dtype']}): "
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        if path.stat().st_size % dtype.itemsize:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, no multiple of {dtype.itemsize} ({dtype.name}): "
                              "it was cut off, or meta.json names another dtype; prepare the data again")
-        tokens = np.memmap(path, meta["dtype"], mode="r") if path.stat().st_size else np.empty(0)
+        tokens = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0)
     elif path.with_suffix(".npy").is_file():
         path = path.with_suffix(".npy")
         try:

@@ -49,7 +49,7 @@ DEFAULTS = dict(batch_size=12, learning_rate=6e-4, compile="auto", name="", max_
     ("--batch_size=-3", "batch_size", -3), ("--batch_size=3*4+1", "batch_size", 13), ("--learning_rate=1", "learning_rate", 1.0),
     ("--learning_rate=1e-3", "learning_rate", 1e-3), ("--learning_rate=2**-3", "learning_rate", 0.125), ("--flag", "flag", True),
     ("--flag=true", "flag", True), ("--flag=1", "flag", True), ("--flag=False", "flag", False), ("--compile", "compile", True),
-    ("--compile=0", "compile", False), ("--compile=auto", "compile", "auto"), ("--name=a=b", "name", "a=b"), ("--name=", "name", ""),
+    ("--compile=false", "compile", False), ("--compile=0", "compile", "0"), ("--compile=auto", "compile", "auto"), ("--name=a=b", "name", "a=b"), ("--name=", "name", ""),
     ("--name=1e3", "name", "1e3"), ("--name=None", "name", "None")])
 def test_a_flag_is_read_in_the_type_of_its_default(script, flag, key, value):
     got = settings(script(flag))
@@ -81,7 +81,7 @@ def test_a_config_file_sees_the_settings_so_far_and_may_compute(script, tmp_path
 
 @pytest.mark.parametrize("text, words", [
     ("batchsize = 3", ["bad.py", "batchsize", "batch_size"]), ("batch_size = 1.5", ["bad.py", "batch_size", "1.5"]), ("batch_size = [3]", ["bad.py", "[3]"]),
-    ("betas = [1, 2]", ["bad.py", "betas"]), ("x = = 1", ["bad.py", "line 1"]), ("flag = True\nmax_iters = 1 / 0", ["bad.py", "line 2", "ZeroDivision"]),
+    ("betas = [1, 2]", ["bad.py", "betas"]), ("nlayer = None", ["bad.py", "nlayer"]), ("x = = 1", ["bad.py", "line 1"]), ("flag = True\nmax_iters = 1 / 0", ["bad.py", "line 2", "ZeroDivision"]),
     ("compile = 'auto'\nname = 3", ["bad.py", "name"])])
 def test_a_wrong_config_file_is_refused_by_name(script, tmp_path, text, words):
     (tmp_path / "bad.py").write_text(text)

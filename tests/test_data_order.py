@@ -114,7 +114,7 @@ def test_nanogpts_folders_and_npy_files_are_valid(tmp_path, capsys):
     ids.astype("<u2").tofile(tmp_path / "train.bin")
     np.save(tmp_path / "val.npy", ids)
     meta = load_meta(tmp_path)
-    assert meta["vocab_size"] == 50257 and meta["dtype"] == "uint16"
+    assert meta["vocab_size"] == 50257 and meta["dtype"] == "uint16" and "no meta.json" in capsys.readouterr().err
     for split in ("train", "val"):
         _, tokens, mask = open_split(tmp_path, split, meta, 8)
         assert np.array_equal(tokens, ids) and mask is None

@@ -209,7 +209,7 @@ def test_sampling_arguments_that_make_no_sense_are_refused(bad):
 @pytest.mark.parametrize("bad, words", [
     (dict(n_embd=100, n_head=12), "n_embd=100.*n_head=12.*n_head=10"), (dict(n_kv_head=5), "n_kv_head=5"), (dict(norm="x"), "norm='x'"),
     (dict(mlp="x"), "mlp='x'"), (dict(pos_emb="x"), "pos_emb='x'"), (dict(dropout=1.0), "dropout"), (dict(n_layer=0), "n_layer=0"),
-    (dict(n_embd=36), "even"), (dict(vocab_size=-1), "vocab_size")])
+    (dict(n_embd=36), "even"), (dict(vocab_size=-1), "vocab_size"), (dict(rope_theta=0), "rope_theta"), (dict(n_ff=-1), "n_ff")])
 def test_an_architecture_that_cannot_be_is_refused_by_name(bad, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**bad)

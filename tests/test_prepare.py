@@ -411,3 +411,14 @@ def test_without_pyarrow_nothing_is_downloaded(hub, house):
     (house / "pyarrow.py").write_text("raise ModuleNotFoundError(\"No module named 'pyarrow'\")\n")
     error = prepare("tinystories", "--tokenizer=byte", HF_ENDPOINT=hub.url, ok=False)
     assert "pip install pyarrow" in error and hub.requests == []
+
+
+def test_a_prompt_is_tokenised_as_a_sampler_will(tmp_path):
+    from data.instruct.prepare import encode
+    from data.tokenizer import Tokenizer, train_bpe
+    text = "### user\nWhy?\n\n### assistant\nBecause.\n\n"
+    tokenizer = Tokenizer.from_bpe(*train_bpe([text * 5], 300))
+    ids, mask, _ = encode([("user", "Why?"), ("assistant", "So.")], tokenizer)
+    prompt = tokenizer.encode("### user\nWhy?\n\n### assistant\n")
+    assert ids == prompt + tokenizer.encode("So.") + [tokenizer.eot]
+    assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))

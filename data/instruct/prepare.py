@@ -45,16 +45,16 @@ def messages_of(record, where):
 
 
 def encode(messages, tokenizer, max_length=0, pad=False):
-    """(ids, mask, bytes of the answers). An answer is learnt with the end-of-text that ends it, nothing else is."""
-    ids, mask = [], []
-    for role, content in messages:
-        answer = role == "assistant"
-        given = tokenizer.encode(HEAD.format(role=role) + ("" if answer else content + TAIL))
-        learnt = tokenizer.encode(content) + [tokenizer.eot] if answer else []
-        ids += given + learnt
-        mask += [0] * len(given) + [1] * len(learnt)
-    if max_length:
-        ids, mask = ids[:max_length], mask[:max_length]
+    """(ids, mask, bytes of the answers). An answer is learnt with its end-of-text, nothing else is."""
+    ids, mask, prompt = [], [], ""
+    for role, content in messages:  # what stands behind the last answer teaches nothing, and is left out
+        prompt += HEAD.format(role=role)
+        if role != "assistant":
+            prompt += content + TAIL
+            continue
+        given, learnt = tokenizer.encode(prompt), [*tokenizer.encode(content), tokenizer.eot]  # as a sampler will encode it
+        ids, mask, prompt = ids + given + learnt, mask + [0] * len(given) + [1] * len(learnt), ""
+    ids, mask = ids[:max_length or None], mask[:max_length or None]
     n_bytes = len(tokenizer.decode_bytes(i for i, m in zip(ids, mask) if m and i != tokenizer.eot))
     padding = max(0, max_length - len(ids)) if pad else 0
     return ids + [tokenizer.eot] * padding, mask + [0] * padding, n_bytes
