@@ -33,6 +33,8 @@ def input_files(names, endings=ENDINGS):
             files += (found := [path] if kind(path) in endings else [])
         if not found:
             raise ValueError(f"--input: {path} is or holds nothing that ends in {', '.join(endings)} (.gz may follow)")
+    if not any(path.stat().st_size for path in files):
+        raise ValueError(f"--input: {names} holds no byte of text")
     return files
 
 

@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 fault, _, value = sys.argv[1].partition("=")
 sys.argv = [str(ROOT / "train.py"), *sys.argv[2:]]
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in train.py, for the seconds before its own line
 
 import checkpoint
 import machine

@@ -66,8 +66,6 @@ if __name__ == "__main__":
     configure(globals())
     with user_errors():
         paths = input_files(input)
-        if not any(path.stat().st_size for path in paths):
-            raise ValueError(f"--input={input} is empty: {', '.join(map(str, paths[:3]))}; give it some text")
         folder = out or Path(__file__).parent
         fractions = val_fraction, test_fraction
         are_ids = [kind(path) in (".npy", ".npz") for path in paths]
