@@ -144,6 +144,7 @@ def test_04_looking_does_not_change_the_run(tmp_path, data):
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+@slow
 def test_05_two_ranks_are_one_run(tmp_path, data):
     ok(train(tmp_path / "one", data, "--dropout=0.1"))
     ok(torchrun(2, *flags(data, tmp_path / "two", "--dropout=0.1"), cwd=tmp_path))
@@ -199,7 +200,7 @@ def test_08_eval_only_evaluates_every_split_and_updates_nothing(trained, tmp_pat
 # checkpoints
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=slow)])
 def test_09_kill_9_at_random_moments_with_a_checkpoint_every_iteration(tmp_path, data, kills):
     out, draw, moments = tmp_path / "out", random.Random(kills), []
     words = flags(data, out, *ENDLESS, "--checkpoint_interval=1", "--init_from=auto")
@@ -318,6 +319,7 @@ def test_14_two_runs_in_one_out_dir_and_a_third_after_kill_9(tmp_path, data):
     assert "resume " in ok(train(out, data, "--init_from=resume", "--max_iters=10**5", "--max_hours=0.0001"))
 
 
+@slow
 def test_15_keep_checkpoints_keeps_exactly_two_and_the_best(tmp_path, data):
     ok(train(tmp_path / "out", data, "--eval_interval=2"))
     assert files(tmp_path / "out") == [".lock", "best.pt", "ckpt_00000018.pt", "ckpt_00000020.pt", "config.json", "metrics.jsonl"]
@@ -349,6 +351,7 @@ def test_16_sigterm_saves_the_current_iteration_and_the_resume_is_exact(tmp_path
     assert equal(a["model"], b["model"]) and equal(a["optimizer"], b["optimizer"])
 
 
+@slow
 def test_16_sigterm_to_torchrun_leaves_one_checkpoint_of_all_ranks(tmp_path, data):
     out = tmp_path / "out"
     with started("tests/faulty.py", "slow_step=0.1", *flags(data, out, *ENDLESS), cwd=tmp_path, ranks=2) as process:
@@ -378,11 +381,11 @@ def test_17_ctrl_c_once_saves_and_ends(tmp_path, data):
     assert newest(tmp_path / "out") == max(losses(tmp_path / "out"))
 
 
-def test_17_ctrl_c_twice_ends_at_once_and_keeps_the_last_checkpoint(tmp_path, data):
+def test_17_ctrl_c_twice_ends_at_once_and_keeps_the_last_checkpoint(tmp_path, data, two_checkpoints):
     out = tmp_path / "out"
-    ok(train(out, data, "--max_iters=2"))
+    shutil.copytree(two_checkpoints, out)
     with started("tests/faulty.py", "slow_write=60", *flags(data, out, *ENDLESS, "--init_from=resume"), cwd=tmp_path) as process:
-        wait_for(process, r"\niter +5/")
+        wait_for(process, r"\niter +25/")
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         assert process.poll() is None
@@ -390,7 +393,7 @@ def test_17_ctrl_c_twice_ends_at_once_and_keeps_the_last_checkpoint(tmp_path, da
         began = time.monotonic()
         assert process.wait(30) == 128 + signal.SIGINT and time.monotonic() - began < 2
         assert "second Ctrl-C" in printed(process) and "Traceback" not in printed(process)
-    assert newest(out) == 2
+    assert newest(out) == 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=slow)])
@@ -451,6 +454,7 @@ def test_20_a_nan_gradient_ends_the_run_with_finite_weights(tmp_path, data):
     assert newest(out) == 6 and finite(out / "ckpt_00000006.pt")
 
 
+@slow
 def test_20_a_nan_gradient_is_skipped_and_logged_where_chosen(tmp_path, data):
     out = tmp_path / "out"
     said = ok(faulty("nan_gradient=7", data, out, "--gradient_accumulation_steps=1", "--checkpoint_interval=1", "--keep_checkpoints=20", "--skip_nonfinite=1"))
@@ -461,7 +465,8 @@ def test_20_a_nan_gradient_is_skipped_and_logged_where_chosen(tmp_path, data):
     assert [m["iter"] for m in metrics(out) if m.get("grad_norm", 0) is None] == [7]
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["--skip_nonfinite=1"], marks=slow)])
+@slow
+@pytest.mark.parametrize("more", [[], ["--skip_nonfinite=1"]])
 def test_20_a_nan_gradient_on_one_rank_is_one_on_all(tmp_path, data, more):
     out = tmp_path / "out"
     process = run("tests/faulty.py", "nan_gradient=7,1", *flags(data, out, *more), cwd=tmp_path,
@@ -495,6 +500,7 @@ def test_22_a_bad_train_bin_is_one_line_before_the_model_is_built(tmp_path, size
     assert not process.stdout and not (tmp_path / "out").exists()
 
 
+@slow
 def test_22_one_token_more_than_block_size_trains(tmp_path):
     folder = make_data(tmp_path / "data", tokens=17, val_tokens=17)
     assert "max_iters=2 is reached" in ok(train(tmp_path / "out", folder, "--max_iters=2"))
@@ -513,6 +519,7 @@ def test_23_an_id_equal_to_vocab_size_at_the_very_end_is_caught_at_start_up(tmp_
     refused(train(tmp_path / "out", folder), f"{split}.bin", "token id 48", "vocab_size=48", "prepare")
 
 
+@slow
 def test_23_an_id_in_the_middle_is_caught_by_max_id_or_by_its_batch(tmp_path):
     folder = make_data(tmp_path / "data", tokens=150_000)
     put(folder, "train", 75_000, 48)
@@ -638,12 +645,12 @@ def test_out_of_memory_names_what_helps_in_order(tmp_path, data):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data):
-    """20 iterations with two checkpoints of 2 s each: the second waits for the first, the training for neither."""
+    """20 iterations with two checkpoints of 1 s each: the second waits for the first, the training for neither."""
     out = tmp_path / "out"
-    said = ok(faulty("slow_write=1.5", data, out, "--checkpoint_interval=10", "--eval_interval=100"))
+    said = ok(faulty("slow_write=1", data, out, "--checkpoint_interval=10", "--eval_interval=100"))
     assert len(checkpoint.steps(out)) == 2 and "ckpt_00000020.pt" in said.splitlines()[-1]
     elapsed = {m["iter"]: m["elapsed_s"] for m in metrics(out) if "train_loss" in m}
-    assert elapsed[20] - elapsed[10] < 1  # training's clock leaves checkpoints out
+    assert elapsed[20] - elapsed[10] < 0.9  # training's clock leaves checkpoints out
     assert torch.load(out / "ckpt_00000010.pt", weights_only=True)["iter_num"] == 10
 
 
