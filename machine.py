@@ -2,6 +2,7 @@
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -15,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 # Dense bf16 operations a second by the data sheets; those of fp16 for the V100 and the T4, which have no bf16.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-              "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+              "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
 
 
 class Machine:
@@ -32,9 +33,10 @@ class Machine:
         why = dict.fromkeys(("device", "dtype", "compile"), "as set")
         if device == "auto":
             device, why["device"] = "cuda" if cuda else "mps" if mps else "cpu", "the first there is of CUDA, MPS, CPU"
-        self.type = device.partition(":")[0]
-        if not {"cuda": cuda, "mps": mps, "cpu": True}.get(self.type, False):
-            raise ValueError(f"device={device!r}: torch {torch.__version__} finds no such device here; --device=auto takes the best there is")
+        self.type, _, index = device.partition(":")
+        there = {"cuda": torch.cuda.device_count(), "mps": int(mps), "cpu": 1}.get(self.type, 0)  # how many
+        if not (index or "0").isdecimal() or int(index or 0) >= there:
+            raise ValueError(f"device={device!r} is not here for torch {torch.__version__}; --device=auto takes the best there is")
         self.device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         if dtype == "auto":
             # An emulated bfloat16 is slower than float32, so only the real one counts.
@@ -45,6 +47,8 @@ class Machine:
         if dtype not in ("float32", "bfloat16", "float16") or (dtype == "float16" and self.type != "cuda"):
             raise ValueError(f"dtype={dtype!r} does not go with device={device!r}; --dtype=auto takes the fastest safe one")
         self.dtype = getattr(torch, dtype)
+        if compile not in ("auto", True, False):
+            raise ValueError(f"compile={compile!r} is none of auto, true, false")
         if compile == "auto":
             compile, why["compile"] = self.type == "cuda", "on for CUDA; elsewhere --compile pays in longer runs"
         self.compile, self.why = compile, why
@@ -58,7 +62,8 @@ class Machine:
         if self.world_size > 1:
             if self.backend == "nccl" and self.type != "cuda":
                 raise ValueError(f"backend='nccl' needs CUDA, and the device is {self.device}; --backend=gloo runs on any")
-            dist.init_process_group(self.backend, timeout=timedelta(seconds=timeout_s))
+            dist.init_process_group(self.backend, timeout=timedelta(seconds=timeout_s),
+                                    device_id=self.device if self.backend == "nccl" else None)
 
     def autocast(self):
         """Matrix products in `dtype`, sums in float32; nothing where dtype is float32."""
@@ -82,7 +87,7 @@ class Machine:
 
     def peak_flops(self):
         """Operations a second by the data sheet, of all ranks together; None for a device that is not in the table."""
-        return next((f * self.world_size for known, f in PEAK_FLOPS.items() if known in self.name()), None)
+        return next((f * self.world_size for known, f in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", self.name())), None)
 
     def sum(self, *numbers):
         """The numbers, each summed over the ranks."""

@@ -8,7 +8,7 @@
 Letters in the shapes: B batch, T time (tokens), C = n_embd, nh heads, hs head size, V vocabulary.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -63,6 +63,11 @@ class GPTConfig:
             raise ValueError(f"RoPE turns pairs of channels: the head size {self.head_dim} (n_embd / n_head) must be even")
         # 8/3: swiglu has three matrices where the others have two; 64: widths that matrix units like
         self.n_ff = self.n_ff or (64 * math.ceil(self.n_embd / 24) if self.mlp == "swiglu" else 4 * self.n_embd)
+
+    def differences(self, other):
+        """What two architectures differ in, in words, '' for nothing; the dropout may."""
+        return "; ".join(f"{f.name}={getattr(self, f.name)!r} there, {getattr(other, f.name)!r} here" for f in fields(self)
+                         if f.name != "dropout" and getattr(self, f.name) != getattr(other, f.name))
 
 
 CHOICES = {"norm": ("rmsnorm", "layernorm"), "mlp": ("relu2", "gelu", "swiglu"), "pos_emb": ("rope", "learned")}

@@ -35,11 +35,11 @@ tie_weights = False         # share the embedding's matrix with the head
 optimizer = "muon"          # Muon for the blocks' matrices, AdamW for the rest; or 'adamw' for all
 learning_rate = 6e-4        # AdamW's peak
 muon_lr = 0.02              # Muon's
-weight_decay = 0.1          # on tensors of two or more dimensions
+weight_decay = 0.1          # AdamW's, on tensors of two or more dimensions; Muon's matrices are not decayed
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0             # largest norm of the whole gradient; 0: no clipping
-skip_nonfinite = 0          # iterations in a row whose gradient may be NaN or infinite, and is then left out; one more ends the run
+skip_nonfinite = 0          # iterations in a row that may be left out for a gradient that is not finite; one more ends the run
 # the schedule
 lr_schedule = "cosine"      # or 'linear', 'wsd' (warm up, stay, decay as 1 - sqrt), 'constant'; all warm up
 warmup_iters = 2000         # iterations from 1/warmup_iters of the peak up to the peak
@@ -53,7 +53,7 @@ max_hours = 0.0             # this process's wall clock
 target_loss = 0.0           # validation loss
 patience = 0                # evaluations without a better validation loss
 # evaluation, checkpoints and the log
-eval_interval = 2000        # iterations between evaluations; there is one at the end in any case
+eval_interval = 2000        # iterations between evaluations; there is one at the planned end, too
 eval_iters = 200            # batches of each evaluation, always the same; 0: the whole split, every target once
 eval_only = False           # evaluate what init_from names, on every split there is, and end
 checkpoint_interval = 0     # iterations between checkpoints; 0: one at each evaluation
@@ -96,9 +96,6 @@ from data.tokenizer import Tokenizer
 from machine import LateFlags, Log, Machine, StopSignals, duration, explained, lock
 from model import GPT, GPTConfig, check_causality
 
-# ---------------------------------------------------------------------------------------------------------------
-# data
-
 
 class Split:
     """One split of a data set: token ids on disk, dealt out as rows of block_size + 1 tokens.
@@ -134,13 +131,14 @@ class Split:
         """The rows that start at `starts` as (x, y); targets that the mask leaves out are -100."""
         rows = self.rows[0][starts]  # one gather, (B, T + 1)
         self.touched += len(rows)
-        if self.touched > 1000 and isinstance(self.tokens, np.memmap):  # or resident memory would grow to the file's size
-            self.tokens._mmap.madvise(mmap.MADV_DONTNEED)
+        if self.touched > 1000:  # or resident memory would grow to the files' size
+            for mapped in (a for a in (self.tokens, self.mask) if isinstance(a, np.memmap)):
+                mapped._mmap.madvise(mmap.MADV_DONTNEED)
             self.touched = 0
-        if rows.max() >= self.vocab_size:
-            where = starts[(rows >= self.vocab_size).any(1)][0]
-            raise ValueError(f"{self.path}: token id {rows.max()} in the {self.block_size + 1} tokens from {where} on is not "
-                             f"below vocab_size={self.vocab_size}; prepare the data again, or correct its meta.json")
+        if rows.max() >= self.vocab_size or rows.min() < 0:
+            wrong = (rows >= self.vocab_size) | (rows < 0)
+            raise ValueError(f"{self.path}: token id {rows[wrong][0]} in the {self.block_size + 1} tokens from "
+                             f"{starts[wrong.any(1)][0]} on does not fit vocab_size={self.vocab_size}; prepare the data again")
         rows = torch.from_numpy(rows.astype(np.int64))
         x, y = rows[:, :-1], rows[:, 1:]
         if self.mask is not None:
@@ -151,10 +149,8 @@ class Split:
         """Yield (x, y): the first `count` batches of get_batch, or for 0 the whole split in order, every target
         once, and -100 where a full batch has no more of them."""
         T, B = self.block_size, batch_size
-        for i in range(count):
-            yield self.get_batch(i * B, B)
         if count:
-            return
+            return (yield from (self.get_batch(i * B, B) for i in range(count)))
         whole = np.arange(self.n_targets // T) * T
         for first in range(0, len(whole), B):
             x, y = self.gather(np.resize(whole[first:first + B], B))
@@ -165,14 +161,9 @@ class Split:
             yield x, y.index_fill(0, torch.arange(1, B), -100).index_fill(1, torch.arange(tail, T), -100)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# evaluation, checks
-
-
 @torch.no_grad()
 def evaluate(model, batches, machine):
     """Mean cross-entropy in nats over the targets of all `batches` of (x, y) that count; the ranks share the work."""
-    was_training = model.training
     model.eval()
     losses, count = [], 0
     for i, (x, y) in enumerate(batches):
@@ -180,8 +171,10 @@ def evaluate(model, batches, machine):
             with machine.autocast():
                 losses.append(model(machine.to_device(x), machine.to_device(y), reduction="sum")[1])
             count += int((y != -100).sum())
-    model.train(was_training)
+    model.train()
     nats, count = machine.sum(sum(loss.item() for loss in losses), count)
+    if not count:
+        raise ValueError("a split's mask leaves out every target of the evaluation; prepare the data again")
     return nats / count
 
 
@@ -190,7 +183,8 @@ def check_settings(s):
     ranges = {"at least 1": (1, "batch_size gradient_accumulation_steps max_iters eval_interval log_interval timeout_s"),
               "at least 2, for the newest may turn out damaged": (2, "keep_checkpoints"),
               "0 or more": (0, "learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters max_epochs max_hours "
-                               "patience target_loss skip_nonfinite eval_iters checkpoint_interval sample_interval beta1 beta2 decay_frac")}
+                               "patience target_loss skip_nonfinite eval_iters checkpoint_interval sample_interval beta1 beta2 "
+                               "decay_frac muon_lr")}
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
     wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
@@ -203,24 +197,6 @@ def check_settings(s):
     if wrong:
         raise ValueError("; ".join(wrong))
 
-
-def check_architecture(path, state, config):
-    """Raise ValueError that names what differs between the checkpoint's GPTConfig and `config`; dropout may."""
-    theirs, ours = asdict(GPTConfig(**state["model_args"])), asdict(config)
-    differ = [f"{k}={theirs[k]!r} there, {ours[k]!r} here" for k in ours if k != "dropout" and theirs[k] != ours[k]]
-    if differ:
-        raise ValueError(f"{path} has another architecture: {'; '.join(differ)}; drop the flag, or start from scratch")
-
-
-def sample_text(model, tokenizer, seed, length=200):
-    """A sample of `length` tokens that starts a new document."""
-    tokenizer = Tokenizer.from_dict(tokenizer)
-    start = torch.full((1, 1), tokenizer.eot or 0, device=next(model.parameters()).device)
-    return tokenizer.decode(model.generate(start, length, top_k=200, seed=seed)[0, 1:].tolist())
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# the run
 
 if __name__ == "__main__":
     with user_errors(), explained(globals()):
@@ -238,8 +214,10 @@ if __name__ == "__main__":
         if origin:
             path, state = origin
             of_this_process = ("out_dir", "init_from", "dry_run", "eval_only", "change_data")
-            inherited = {k: v for k, v in state["config"].items() if k not in of_this_process} if resuming else state["model_args"]
-            settings = configure(globals(), start_from=inherited)
+            its_own = {k: v for k, v in state["config"].items() if k not in of_this_process}
+            settings = configure(globals(), start_from=its_own if resuming else state["model_args"])
+            if resuming:
+                settings["init_from"] = state["config"]["init_from"]  # so that config.json repeats the run
         check_settings(settings)
         machine = Machine(device, dtype, compile, backend, timeout_s, deterministic)
         main = machine.rank == 0
@@ -253,12 +231,18 @@ if __name__ == "__main__":
         train_data, val_data = splits["train"], splits.get("val")
         data_id = fingerprint({name: split.tokens for name, split in splits.items()})
         tokenizer = tokenizer_state(folder, meta)  # travels in the checkpoint
+        reader = Tokenizer.from_dict(tokenizer) if sample_interval else None
+        if (patience or target_loss) and not val_data:
+            raise ValueError(f"patience and target_loss go by the validation loss, and {folder} has no val.bin")
 
         # The model and its optimizer.
-        model_args = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings} | {"vocab_size": meta["vocab_size"]}
-        config = GPTConfig(**(state["model_args"] if origin else {}) | model_args)
+        model_args = dict(state["model_args"]) if origin else {}
+        model_args |= {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
+        config = GPTConfig(**model_args | {"vocab_size": meta["vocab_size"]})
         if origin:
-            check_architecture(path, state, config)
+            differ = GPTConfig(**state["model_args"]).differences(config)
+            if differ:
+                raise ValueError(f"{path} has another architecture: {differ}; drop the flag, or start from scratch")
             if state["tokenizer"] != tokenizer:
                 raise ValueError(f"{path} was trained with another tokenizer than {folder} has; prepare the data with that one")
             if resuming and state["dataset_fingerprint"] != data_id and not change_data:
@@ -280,7 +264,7 @@ if __name__ == "__main__":
             scaler.load_state_dict(state["scaler"])
             iter_num, cursor, tokens, elapsed_s = (state[k] for k in ("iter_num", "cursor", "tokens", "elapsed_s"))
             best_val_loss, evals_without_gain = state["best_val_loss"], state["evals_without_gain"]
-        state = None  # a copy of the model and its optimizer less
+        origin = state = None  # a copy of the model and its optimizer less
         if gradient_accumulation_steps % machine.world_size:
             near = {max(1, gradient_accumulation_steps // machine.world_size + i) * machine.world_size for i in (0, 1)}
             raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be dealt evenly to "
@@ -297,36 +281,41 @@ if __name__ == "__main__":
             checkpoint.write_json({"settings": settings, "environment": machine.environment()}, Path(out_dir) / "config.json")
 
         # What is about to happen.
-        say(f"model      {raw_model.num_params() / 1e6:,.2f} M parameters, {raw_model.flops_per_token() / 1e6:,.1f} M operations a token")
+        say(f"model      {raw_model.num_params():,} parameters, {raw_model.flops_per_token() / 1e6:,.1f} M operations a token")
         say("\n".join(f"           {line}" for line in optim.describe(optimizers)))
-        for name, split in splits.items():
-            say(f"{name:10} {len(split.tokens):,} tokens, {split.path}")
-        say(f"iteration  {tokens_per_iter:,} tokens = {gradient_accumulation_steps} micro-batches x {batch_size} rows x {block_size} tokens")
-        say(f"run        {end:,} iterations = {end * tokens_per_iter:,} tokens = {end * rows_per_iter / train_data.n_windows:,.2f} epochs")
+        say("\n".join(f"{name:10} {len(split.tokens):,} tokens, {split.path}" for name, split in splits.items()))
+        say(f"iteration  {tokens_per_iter:,} tokens = {gradient_accumulation_steps} micro-batches * {batch_size} rows * {block_size}")
+        epochs = end * rows_per_iter / train_data.n_windows
+        say(f"run        {end:,} iterations = {end * tokens_per_iter:,} tokens = {epochs:,.2f} epochs")
         say("\n".join(machine.describe()))
         if resuming:
             say(f"resume     {path} at iteration {iter_num:,}")
 
-        def scores(name, loss):
-            """Loss, perplexity and, where the bytes of text are known, bits per byte of a split; printed, too."""
-            n_bytes = meta.get("bytes", {}).get(name)
-            bits = loss * splits[name].n_targets / math.log(2) if n_bytes and splits[name].mask is None else None
-            say(f"eval {iter_num:{wide},}/{end:,}  {name} loss {loss:.4f}  perplexity {math.exp(min(loss, 99)):,.2f}"
-                + (f"  {bits / n_bytes:.4f} bits per byte" if bits else "") + ("  (best)" if loss < best_val_loss else ""))
-            return {f"{name}_loss": loss, f"{name}_ppl": math.exp(min(loss, 99)), f"{name}_bpb": bits and bits / n_bytes}
+        model = compiled = raw_model.train()
+
+        def evaluate_split(name):
+            """Loss, perplexity and, for a whole split of known bytes, bits per byte; as a dict, and printed."""
+            split = splits[name]
+            count = eval_iters if eval_iters * batch_size < split.n_windows else 0  # 0: the whole split is no more work
+            loss = evaluate(compiled, split.batches(batch_size, count), machine)
+            ppl, n_bytes = math.exp(min(loss, 99)), meta.get("bytes", {}).get(name)
+            bpb = loss * split.n_targets / math.log(2) / n_bytes if n_bytes and not count and split.mask is None else None
+            say(f"eval {iter_num:{wide},}/{end:,}  {name} loss {loss:.4f}  perplexity {ppl:,.2f}"
+                + (f"  {bpb:.4f} bits per byte" if bpb else ""))
+            return {f"{name}_loss": loss, f"{name}_ppl": ppl, f"{name}_bpb": bpb}
 
         if eval_only:
-            for name, split in splits.items():
-                scores(name, evaluate(raw_model, split.batches(batch_size, eval_iters), machine))
+            for name in splits:
+                evaluate_split(name)
             sys.exit(machine.close())
 
-        model = compiled = raw_model.train()
         log = Log(settings, silent=dry_run or not main)
         clock = elapsed_s - time.perf_counter()  # clock + perf_counter(): the seconds spent training, all sessions together
         if machine.compile:
             model = compiled = machine.try_compile(raw_model, *map(machine.to_device, train_data.get_batch(cursor, batch_size)))
         if machine.world_size > 1:
-            model = DistributedDataParallel(model, device_ids=[machine.device] if machine.type == "cuda" else None)
+            model = DistributedDataParallel(model, broadcast_buffers=False,  # RoPE's table is the same everywhere
+                                            device_ids=[machine.device] if machine.type == "cuda" else None)
 
         def micro_step(micro):
             """Forward and backward of one micro-batch; returns its loss in nats, summed, and how many targets count."""
@@ -334,7 +323,8 @@ if __name__ == "__main__":
             count = y.numel() if train_data.mask is None else int((y != -100).sum())
             if dropout:
                 torch.manual_seed(mix(seed, iter_num, micro))
-            model.require_backward_grad_sync = micro + machine.world_size >= gradient_accumulation_steps  # DDP's: on the last one
+            if machine.world_size > 1:  # DDP adds up the ranks' gradients behind the last micro-batch
+                model.require_backward_grad_sync = micro + machine.world_size >= gradient_accumulation_steps
             with machine.autocast():
                 _, nats = model(machine.to_device(x), machine.to_device(y), reduction="sum")
             # Each is divided by the nominal count; the ranks' mean, which DDP takes, is to be their sum.
@@ -342,14 +332,18 @@ if __name__ == "__main__":
             return nats.detach(), count
 
         if dry_run:
-            for micro in (machine.rank, machine.rank):  # the first one warms up
-                machine.synchronize()
+            optim.set_lr(optimizers, 0.0)
+            for _ in range(2):  # the first time warms up
                 began = time.perf_counter()
-                micro_step(micro)
-            machine.synchronize()
-            seconds = (time.perf_counter() - began) * gradient_accumulation_steps / machine.world_size
-            say(f"dry run    {seconds:.3g} s an iteration, {tokens_per_iter / seconds:,.0f} tokens/s, {duration(seconds * (end - iter_num))} "
-                f"in all; {machine.peak_gib() + 8 * raw_model.num_params() / 2**30:.2f} GiB at the peak, the optimizer's state included")
+                micro_step(machine.rank)
+                machine.synchronize()
+                between = time.perf_counter()
+                for opt in optimizers:
+                    opt.step()
+                machine.synchronize()
+            seconds = (between - began) * gradient_accumulation_steps / machine.world_size + time.perf_counter() - between
+            say(f"dry run    {seconds:.3g} s an iteration, {tokens_per_iter / seconds:,.0f} tokens/s, "
+                f"{duration(seconds * (end - iter_num))} in all; {machine.peak_gib():.2f} GiB at the peak")
             sys.exit(machine.close())
 
         def snapshot():
@@ -365,10 +359,11 @@ if __name__ == "__main__":
         skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # at each of them a scaler halves its scale, from 2^16 at first
         checked, slowest = time.monotonic(), 0.0  # the longest time between two looks at the clock
         asked = 0  # why the ranks agree to stop: 0 not at all, 1 max_hours, else a signal's number
-        first_iter, last = iter_num, (iter_num, elapsed_s)  # last: when the log last spoke
+        first_iter, floor = iter_num, min_lr / learning_rate
+        last = iter_num, elapsed_s  # when the log last spoke
         while not reason:
             # One update: the micro-batches of an iteration are dealt to the ranks in turn.
-            factor = optim.lr_factor(iter_num, lr_schedule, warmup_iters, lr_decay_iters or end, decay_frac, min_lr / learning_rate)
+            factor = optim.lr_factor(iter_num, lr_schedule, warmup_iters, lr_decay_iters or end, decay_frac, floor)
             optim.set_lr(optimizers, factor)
             parts = [micro_step(micro) for micro in range(machine.rank, gradient_accumulation_steps, machine.world_size)]
             count = sum(n for _, n in parts)
@@ -381,9 +376,9 @@ if __name__ == "__main__":
             bad = (~torch.isfinite(grad_norm)).float()
             streak = (streak + 1) * bad
             for opt in optimizers:
-                if not scaler.is_enabled():
-                    opt.found_inf = bad  # a step looks at it on the device, and then leaves the weights alone
-                scaler.step(opt)
+                opt.found_inf = bad  # on CUDA a step looks at it on the device, and then leaves the weights alone
+                if machine.type == "cuda" or not bad:
+                    opt.step()  # not scaler.step, which would let one optimizer go on without the other
                 opt.zero_grad()
             scaler.update()
             iter_num, cursor, tokens = iter_num + 1, cursor + rows_per_iter, tokens + tokens_per_iter
@@ -398,7 +393,8 @@ if __name__ == "__main__":
                 if bad > skippable:
                     writer.wait()
                     raise ValueError(f"the gradient is not finite at iteration {at:,}, and the weights were left alone; "
-                                     f"{writer.last or 'no checkpoint yet'} is the last good checkpoint: lower --learning_rate, then --init_from=resume")
+                                     f"{writer.last or 'no checkpoint yet'} is the last good checkpoint: "
+                                     "lower --learning_rate, then --init_from=resume")
                 if bad:
                     say(f"iter {at:{wide},}/{end:,}  skipped, for the gradient is not finite ({bad:.0f} in a row)")
             writer.wait(block=False)  # raises what went wrong in the thread
@@ -409,14 +405,15 @@ if __name__ == "__main__":
 
             if iter_num % log_interval == 0 or due_eval or reason:
                 nats, count = machine.sum(sum(float(part) for part, _ in parts), count)
+                train_loss = nats / max(1, count)
                 now = clock + time.perf_counter()
                 tok_per_s = (iter_num - last[0]) * tokens_per_iter / (now - last[1])
                 mfu = tok_per_s * raw_model.flops_per_token() / machine.peak_flops() if machine.peak_flops() else None
                 eta = (now - elapsed_s) / (iter_num - first_iter) * (end - iter_num)
                 last = iter_num, now
-                say(f"iter {iter_num:{wide},}/{end:,}  loss {nats / count:.4f}  lr {learning_rate * factor:.2e}  norm {grad_norm:5.2f}  "
-                    f"{tok_per_s:9,.0f} tok/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  eta {duration(eta)}")
-                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=nats / count, lr=learning_rate * factor,
+                say(f"iter {iter_num:{wide},}/{end:,}  loss {train_loss:.4f}  lr {learning_rate * factor:.2e}  "
+                    f"norm {grad_norm:5.2f}  {tok_per_s:9,.0f} tok/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  eta {duration(eta)}")
+                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=train_loss, lr=learning_rate * factor,
                           grad_norm=float(grad_norm), tok_per_s=tok_per_s, mfu=mfu)
 
             # Outside the training clock: evaluation, a sample, checkpoints.
@@ -424,7 +421,7 @@ if __name__ == "__main__":
             if main and iter_num == first_iter + 1:
                 writer.prepare(snapshot())
             if due_eval and asked <= 1:
-                val = scores("val", evaluate(compiled, val_data.batches(batch_size, eval_iters), machine))
+                val = evaluate_split("val")
                 better = val["val_loss"] < best_val_loss
                 best_val_loss = min(best_val_loss, val["val_loss"])
                 evals_without_gain = 0 if better else evals_without_gain + 1
@@ -434,7 +431,9 @@ if __name__ == "__main__":
                 elif patience and evals_without_gain >= patience:
                     reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
             if main and sample_interval and iter_num % sample_interval == 0:
-                say(sample_text(raw_model, tokenizer, mix(seed, iter_num)))
+                start = torch.full((1, 1), reader.eot or 0, device=machine.device)  # a new document
+                sample = raw_model.generate(start, max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
+                say(reader.decode(sample[0, 1:].tolist()))
             better = due_eval and asked <= 1 and better
             if main and (due_save or reason or better):
                 writer.start(out_dir, snapshot(), keep_checkpoints, better)

@@ -34,7 +34,7 @@ def input_files(names, endings=ENDINGS):
         if not found:
             raise ValueError(f"--input: {path} is or holds nothing that ends in {', '.join(endings)} (.gz may follow)")
     if not any(path.stat().st_size for path in files):
-        raise ValueError(f"--input: {names} holds no byte of text")
+        raise ValueError(f"--input: {names} is empty: there is no byte of text in it")
     return files
 
 

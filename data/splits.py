@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.tokenizer import Tokenizer
+
 ROOT = Path(__file__).resolve().parents[1]
 MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of splitmix64
 
@@ -77,11 +79,13 @@ def open_split(folder, split, meta, block_size):
 
 def tokenizer_state(folder, meta):
     """What travels in a checkpoint, for Tokenizer.from_dict: a tokenizer file's content, or a well-known name."""
-    file = folder / meta.get("tokenizer", "gpt2")
-    try:
-        return json.loads(file.read_bytes()) if file.is_file() else {"kind": "named", "name": file.name}
-    except ValueError as error:
-        raise ValueError(f"{file} is not a tokenizer file: {error}; prepare the data again") from None
+    file = folder / str(meta.get("tokenizer", "gpt2"))
+    if not file.is_file() and file.suffix != ".json":
+        return {"kind": "named", "name": file.name}
+    tokenizer = Tokenizer.load(file)
+    if tokenizer.vocab_size != meta["vocab_size"]:
+        raise ValueError(f"{file} has {tokenizer.vocab_size} tokens, meta.json beside it {meta['vocab_size']}; prepare the data again")
+    return tokenizer.to_dict()
 
 
 def fingerprint(splits):

@@ -15,7 +15,7 @@ from optim import SCHEDULES, configure_optimizers, lr_factor
 
 def test_it_learns_and_says_what_it_does(trained):
     out, printed = trained
-    for words in ("model  ", "AdamW  matrices", "4,000 tokens", "128 tokens = 2 micro-batches x 4 rows x 16 tokens", "100 iterations = 12,800 tokens",
+    for words in ("model  ", "AdamW  matrices", "4,000 tokens", "128 tokens = 2 micro-batches * 4 rows * 16", "100 iterations = 12,800 tokens",
                   "device     cpu", "dtype      float32", "compile    off (as set)", "max_iters=100 is reached", "ckpt_00000100.pt"):
         assert words in printed, printed
     last = [m for m in metrics(out) if "val_loss" in m][-1]
