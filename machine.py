@@ -1,4 +1,5 @@
 """What a run stands on: device, dtype, ranks, signals, its folder, logs. Every script asks here, so 'auto' means one thing."""
+import ctypes
 import json
 import os
 import platform
@@ -56,6 +57,8 @@ class Machine:
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # tf32 where autocast leaves a product in float32
+        else:
+            keep_freed_memory()
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
@@ -177,6 +180,17 @@ class StopSignals:
             os._exit(128 + number)
         if not self.received:
             self.received, self.when = int(number), time.monotonic()
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory for the next step, instead of fetching each large tensor page by page from the
+    kernel: a fifth of the demo's time on a CPU. Other C libraries are left as they are."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    libc.mallopt(-4, 0)          # M_MMAP_MAX: no mapping of its own for a large tensor
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 @contextmanager

@@ -7,7 +7,7 @@ batch_size = 16
 gradient_accumulation_steps = 1  # 1 * 16 * 128 = 2,048 tokens per iteration
 n_layer = 4
 n_head = 4
-n_embd = 128  # narrow, so that it sees all of the data: at equal time 192 ended at 1.46 bits per byte, 128 at 1.39
+n_embd = 128  # narrow, for the sake of more tokens: a width of 192 ended 0.07 bits per byte higher in the same time
 optimizer = "muon"
 muon_lr = 0.03
 learning_rate = 2e-2
@@ -15,7 +15,7 @@ min_lr = 0.0
 lr_schedule = "linear"
 decay_frac = 1.0
 warmup_iters = 10
-max_iters = 1400  # 1,400 * 2,048 = 2.9 M tokens, 1.2 epochs
-eval_interval = 350
+max_iters = 1000  # 1,000 * 2,048 = 2.0 M tokens, 0.9 epochs
+eval_interval = 500
 eval_iters = 0
 log_interval = 50
