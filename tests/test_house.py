@@ -62,7 +62,7 @@ def test_the_readmes_commands_exist():
         for argument in re.findall(r"config/\w+\.py", arguments):
             assert (ROOT / argument).is_file()
         for key in re.findall(r"--(\w+)", arguments):
-            assert key == "help" or re.search(rf"^{key} = ", source, re.M), f"{script} has no {key}"
+            assert key == "help" or re.search(rf"^{key} = |[\"']{key}[\"']", source, re.M), f"{script} has no {key}"
     for target in re.findall(r"`?make (\w+)`?", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"make {target}"
 
