@@ -387,7 +387,8 @@ if __name__ == "__main__":
             due_eval = val_data and (iter_num % eval_interval == 0 or iter_num >= end)
             due_save = iter_num % (checkpoint_interval or eval_interval) == 0 or iter_num >= end
             slowest, checked = max(slowest, time.monotonic() - checked), time.monotonic()
-            out_of_time = max_hours and checked - started + slowest + writer.seconds > 3600 * max_hours
+            # Time is left for the next iteration, for a write that may be under way, and for the last one.
+            out_of_time = max_hours and checked - started + slowest + 2 * writer.seconds > 3600 * max_hours
             stop_here = torch.full((1,), float(stop.received or bool(out_of_time)), device=machine.device)
             for at, (bad, asked) in flags.push(iter_num, torch.cat([streak, stop_here]), wait=due_eval or due_save):
                 if bad > skippable:
