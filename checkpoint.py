@@ -123,7 +123,10 @@ class Writer:
     """
     def __init__(self, last=None):
         self.last, self.seconds = last, 0.0  # the newest checkpoint that is on disk; how long the slowest took
-        self.pool, self.job, self.copies = ThreadPoolExecutor(1), None, {}
+        # One thread, also within torch: with a second team on the same cores, OpenMP's threads sleep between any
+        # two operations of the training loop, which on a CPU took two fifths of the time.
+        self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        self.job, self.copies = None, {}
 
     def prepare(self, state):
         """Make room for the copies in the thread: memory that is fresh takes longer than the copy itself."""

@@ -208,3 +208,14 @@ def test_the_checkpoint_is_all_that_sampling_needs(trained, tmp_path):
 def test_bad_requests_end_in_one_line(trained, tmp_path, flags, words):
     (tmp_path / "latin.txt").write_bytes(b"!\xe9")
     refused(sample(trained[0], *flags, cwd=tmp_path), *words)
+
+
+def test_the_writer_keeps_to_one_thread_and_leaves_the_loop_its_own():
+    """A second OpenMP team puts the loop's threads to sleep between any two operations: 1.65 times the time of a step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        writer = checkpoint.Writer()
+        assert writer.pool.submit(torch.get_num_threads).result() == 1 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
