@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 # Dense bf16 operations a second by the data sheets; those of fp16 for the V100 and the T4, which have no bf16.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
@@ -27,7 +29,7 @@ class Machine:
     Raises ValueError for a device, dtype or backend that is not to be had here.
     """
 
-    def __init__(self, device="auto", dtype="auto", compile="auto", backend="auto", timeout_s=600, deterministic=False):
+    def __init__(self, device="auto", dtype="auto", compile="auto", backend="auto", timeout_s=600, deterministic=False, fsdp=False):
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         self.rank, self.world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
                                                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
@@ -52,7 +54,11 @@ class Machine:
             raise ValueError(f"compile={compile!r} is none of auto, true, false")
         if compile == "auto":
             compile, why["compile"] = self.type == "cuda", "on for CUDA; elsewhere --compile pays in longer runs"
-        self.compile, self.why = compile, why
+        self.compile, self.why, self.fsdp = compile, why, fsdp
+        if fsdp and self.world_size == 1:
+            raise ValueError("fsdp=True needs ranks to shard over: start with torchrun --nproc_per_node=2 or more, or drop --fsdp")
+        if fsdp and self.type == "mps":
+            raise ValueError(f"fsdp=True needs CUDA or CPUs, and the device is {device}; drop --fsdp, or --device=cpu")
         self.backend = ("nccl" if self.type == "cuda" else "gloo") if backend == "auto" else backend
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -65,6 +71,7 @@ class Machine:
         if self.world_size > 1:
             if self.backend == "nccl" and self.type != "cuda":
                 raise ValueError(f"backend='nccl' needs CUDA, and the device is {self.device}; --backend=gloo runs on any")
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated|FSDP2-wrapped module .* returned a view")  # as meant
             dist.init_process_group(self.backend, timeout=timedelta(seconds=timeout_s),
                                     device_id=self.device if self.backend == "nccl" else None)
 
@@ -104,6 +111,32 @@ class Machine:
         """A CPU tensor's copy on the device; on CUDA the host does not wait for it."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.type == "cuda" else tensor.to(self.device)
 
+    def place(self, model):
+        """Put a model on the device; under FSDP2 every rank keeps its rows of each parameter there, and a block is
+        gathered for as long as it is used, in `dtype`. Embedding and head stay in float32, as they do without FSDP."""
+        if not self.fsdp:
+            return model.to(self.device)
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        mesh = dist.init_device_mesh(self.type, (self.world_size,))
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh)
+
+    def parallel(self, model):
+        """The model whose gradients meet in the mean over the ranks: DDP's, or itself where `place` has sharded it."""
+        if self.world_size == 1 or self.fsdp:
+            return model
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True,  # RoPE's table is the same
+                                       device_ids=[self.device] if self.type == "cuda" else None)
+
+    def sync_gradients(self, model, wanted):
+        """Whether the next backward pass of a `parallel` model lets the ranks' gradients meet."""
+        if self.fsdp:
+            model.set_requires_gradient_sync(wanted)
+        elif self.world_size > 1:
+            model.require_backward_grad_sync = wanted
+
     def synchronize(self):
         if self.type in ("cuda", "mps"):
             getattr(torch, self.type).synchronize()
@@ -111,7 +144,9 @@ class Machine:
     def try_compile(self, model, x, y):
         """torch.compile's version of the model if a training step through it works here, else the model, with a warning."""
         try:
-            compiled = torch.compile(model)
+            compiled = model if self.fsdp else torch.compile(model)
+            for block in model.blocks if self.fsdp else ():  # between two of them FSDP gathers and drops parameters
+                block.forward = torch.compile(block.forward)
             with self.autocast():
                 compiled(x, y, reduction="sum")[1].backward()
             return compiled

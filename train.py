@@ -68,6 +68,7 @@ tensorboard_log = False     # log for TensorBoard too, in out_dir
 device = "auto"             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto takes the best there is
 dtype = "auto"              # 'float32', 'bfloat16', 'float16' (with a loss scaler); auto takes the fastest safe one
 compile = "auto"            # torch.compile; auto: on CUDA only
+fsdp = False                # shard parameters, gradients and optimizer state over the ranks
 backend = "auto"            # torch.distributed's: 'nccl' on CUDA, else 'gloo'
 timeout_s = 600             # seconds without an answer from another rank that end the run
 deterministic = False       # repeatable kernels on CUDA, where torch has them; a CPU's are in any case
@@ -86,7 +87,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import optim
@@ -171,6 +171,9 @@ def evaluate(model, batches, machine):
             with machine.autocast():
                 losses.append(model(machine.to_device(x), machine.to_device(y), reduction="sum")[1])
             count += int((y != -100).sum())
+    if machine.rank > i % machine.world_size:  # FSDP's ranks can only go forward together
+        with machine.autocast():
+            model(machine.to_device(x), machine.to_device(y), reduction="sum")
     model.train()
     nats, count = machine.sum(sum(loss.item() for loss in losses), count)
     if not count:
@@ -219,7 +222,7 @@ if __name__ == "__main__":
             if resuming:
                 settings["init_from"] = state["config"]["init_from"]  # so that config.json repeats the run
         check_settings(settings)
-        machine = Machine(device, dtype, compile, backend, timeout_s, deterministic)
+        machine = Machine(device, dtype, compile, backend, timeout_s, deterministic, fsdp)
         main = machine.rank == 0
         say = partial(print, flush=True) if main else lambda *_: None
 
@@ -252,7 +255,7 @@ if __name__ == "__main__":
         raw_model = GPT(config)
         if origin:
             raw_model.load_state_dict(state["model"])
-        raw_model.to(machine.device)
+        machine.place(raw_model)
         optimizers = optim.configure_optimizers(raw_model, optimizer, learning_rate, muon_lr, weight_decay, beta1, beta2)
         scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
 
@@ -313,9 +316,7 @@ if __name__ == "__main__":
         clock = elapsed_s - time.perf_counter()  # clock + perf_counter(): the seconds spent training, all sessions together
         if machine.compile:
             model = compiled = machine.try_compile(raw_model, *map(machine.to_device, train_data.get_batch(cursor, batch_size)))
-        if machine.world_size > 1:
-            model = DistributedDataParallel(model, broadcast_buffers=False,  # RoPE's table is the same everywhere
-                                            device_ids=[machine.device] if machine.type == "cuda" else None)
+        model = machine.parallel(model)
 
         def micro_step(micro):
             """Forward and backward of one micro-batch; returns its loss in nats, summed, and how many targets count."""
@@ -323,11 +324,10 @@ if __name__ == "__main__":
             count = y.numel() if train_data.mask is None else int((y != -100).sum())
             if dropout:
                 torch.manual_seed(mix(seed, iter_num, micro))
-            if machine.world_size > 1:  # DDP adds up the ranks' gradients behind the last micro-batch
-                model.require_backward_grad_sync = micro + machine.world_size >= gradient_accumulation_steps
+            machine.sync_gradients(model, micro + machine.world_size >= gradient_accumulation_steps)  # behind the last one
             with machine.autocast():
                 _, nats = model(machine.to_device(x), machine.to_device(y), reduction="sum")
-            # Each is divided by the nominal count; the ranks' mean, which DDP takes, is to be their sum.
+            # Each is divided by the nominal count; the ranks' mean, which they take, is to be their sum.
             scaler.scale(nats * (machine.world_size / tokens_per_iter)).backward()
             return nats.detach(), count
 
@@ -335,7 +335,7 @@ if __name__ == "__main__":
             optim.set_lr(optimizers, 0.0)
             for _ in range(2):  # the first time warms up
                 began = time.perf_counter()
-                micro_step(machine.rank)
+                micro_step(gradient_accumulation_steps - machine.world_size + machine.rank)
                 machine.synchronize()
                 between = time.perf_counter()
                 for opt in optimizers:
@@ -354,7 +354,7 @@ if __name__ == "__main__":
                     "config": settings, "tokenizer": tokenizer, "dataset_fingerprint": data_id}
 
         reason = f"{end:,} iterations are done already; a higher --max_iters goes on" if iter_num >= end else ""
-        stop, flags, writer = StopSignals(), LateFlags(machine), checkpoint.Writer(path if resuming else None)
+        stop, flags, writer = StopSignals(), LateFlags(machine), checkpoint.Writer(path if resuming else None, main)
         streak = torch.zeros(1, device=machine.device)  # iterations in a row with a gradient that is not finite
         skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # at each of them a scaler halves its scale, from 2^16 at first
         checked, slowest = time.monotonic(), 0.0  # the longest time between two looks at the clock
@@ -372,7 +372,7 @@ if __name__ == "__main__":
                 torch._foreach_mul_([p.grad for p in raw_model.parameters()], scale)
             for opt in optimizers:
                 scaler.unscale_(opt)
-            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+            grad_norm = optim.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
             bad = (~torch.isfinite(grad_norm)).float()
             streak = (streak + 1) * bad
             for opt in optimizers:
@@ -419,7 +419,7 @@ if __name__ == "__main__":
 
             # Outside the training clock: evaluation, a sample, checkpoints.
             paused = time.perf_counter()
-            if main and iter_num == first_iter + 1:
+            if main and not fsdp and iter_num == first_iter + 1:
                 writer.prepare(snapshot())
             if due_eval and asked <= 1:
                 val = evaluate_split("val")
@@ -431,12 +431,13 @@ if __name__ == "__main__":
                     reason = f"target_loss={target_loss:g} is reached"
                 elif patience and evals_without_gain >= patience:
                     reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
-            if main and sample_interval and iter_num % sample_interval == 0:
+            if sample_interval and iter_num % sample_interval == 0:
                 start = torch.full((1, 1), reader.eot or 0, device=machine.device)  # a new document
-                sample = raw_model.generate(start, max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
+                with machine.autocast():
+                    sample = raw_model.generate(start, max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
                 say(reader.decode(sample[0, 1:].tolist()))
             better = due_eval and asked <= 1 and better
-            if main and (due_save or reason or better):
+            if due_save or reason or better:
                 writer.start(out_dir, snapshot(), keep_checkpoints, better)
             clock -= time.perf_counter() - paused
 
