@@ -55,10 +55,9 @@ class Machine:
         if compile == "auto":
             compile, why["compile"] = self.type == "cuda", "on for CUDA; elsewhere --compile pays in longer runs"
         self.compile, self.why, self.fsdp = compile, why, fsdp
-        if fsdp and self.world_size == 1:
-            raise ValueError("fsdp=True needs ranks to shard over: start with torchrun --nproc_per_node=2 or more, or drop --fsdp")
-        if fsdp and self.type == "mps":
-            raise ValueError(f"fsdp=True needs CUDA or CPUs, and the device is {device}; drop --fsdp, or --device=cpu")
+        if fsdp and (self.world_size == 1 or self.type == "mps"):
+            raise ValueError(f"fsdp=True shards over the ranks of torchrun --nproc_per_node=2 or more, with CUDA or on CPUs, and here "
+                             f"world size is {self.world_size} and device {device!r}; drop --fsdp")
         self.backend = ("nccl" if self.type == "cuda" else "gloo") if backend == "auto" else backend
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -124,18 +123,12 @@ class Machine:
         return fully_shard(model, mesh=mesh)
 
     def parallel(self, model):
-        """The model whose gradients meet in the mean over the ranks: DDP's, or itself where `place` has sharded it."""
-        if self.world_size == 1 or self.fsdp:
-            return model
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True,  # RoPE's table is the same
-                                       device_ids=[self.device] if self.type == "cuda" else None)
-
-    def sync_gradients(self, model, wanted):
-        """Whether the next backward pass of a `parallel` model lets the ranks' gradients meet."""
-        if self.fsdp:
-            model.set_requires_gradient_sync(wanted)
-        elif self.world_size > 1:
-            model.require_backward_grad_sync = wanted
+        """The model whose gradients become the ranks' mean, when its set_requires_gradient_sync says so: DDP's or FSDP's."""
+        if self.world_size > 1 and not self.fsdp:
+            model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                            device_ids=[self.device] if self.type == "cuda" else None)
+            model.set_requires_gradient_sync = lambda wanted: setattr(model, "require_backward_grad_sync", wanted)
+        return model
 
     def synchronize(self):
         if self.type in ("cuda", "mps"):
@@ -319,6 +312,24 @@ def start_tensorboard(s):
 
 def first_line(error):
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def memory(model, batch_size, optimizer, matmul_bytes=4, shards=1, accumulate=True):
+    """Estimate of {part: bytes} that a rank's training step takes at its peak; README.md has the terms and the errors.
+
+    matmul_bytes: of a number in matrix products, 2 under autocast. shards: FSDP's ranks, 1 without. accumulate: more
+    than one micro-batch a rank. A model of any size can be asked about that was built under torch.device("meta").
+    """
+    c, total, tokens, a = model.config, model.num_params(), batch_size * model.config.block_size, matmul_bytes
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    muon = sum(p.numel() for p in model.blocks.parameters() if p.dim() > 1) if optimizer == "muon" else 0
+    heads = (c.n_head + c.n_kv_head) * c.head_dim * (3 if c.qk_norm or c.pos_emb == "rope" else 2)
+    layer = 8 * c.n_embd + a * (2 * c.n_embd + heads + c.n_ff * (4 if c.mlp == "swiglu" else 2))  # bytes a token
+    layers = 4 * c.n_embd * c.n_layer + layer if getattr(c, "gradient_checkpointing", False) else layer * c.n_layer
+    head = (4 + a) * c.n_embd + (12 + a) * c.vocab_size
+    copies = a * total * (a < 4) if shards == 1 else 4 * (total - blocks) + (2 * a + 4) * blocks // c.n_layer
+    return {"parameters": 4 * total // shards, "gradients": 4 * total // (1 if accumulate else shards),
+            "optimizer": (8 * total - 4 * muon) // shards, "activations": tokens * (layers + head), "copies": copies}
 
 
 def duration(seconds):

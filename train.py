@@ -93,7 +93,7 @@ import optim
 from configurator import user_errors
 from data.splits import find_folder, fingerprint, load_meta, mix, open_split, permute, tokenizer_state
 from data.tokenizer import Tokenizer
-from machine import LateFlags, Log, Machine, StopSignals, duration, explained, lock
+from machine import LateFlags, Log, Machine, StopSignals, duration, explained, lock, memory
 from model import GPT, GPTConfig, check_causality
 
 
@@ -324,7 +324,8 @@ if __name__ == "__main__":
             count = y.numel() if train_data.mask is None else int((y != -100).sum())
             if dropout:
                 torch.manual_seed(mix(seed, iter_num, micro))
-            machine.sync_gradients(model, micro + machine.world_size >= gradient_accumulation_steps)  # behind the last one
+            if machine.world_size > 1:  # the ranks' gradients meet behind the last micro-batch
+                model.set_requires_gradient_sync(micro + machine.world_size >= gradient_accumulation_steps)
             with machine.autocast():
                 _, nats = model(machine.to_device(x), machine.to_device(y), reduction="sum")
             # Each is divided by the nominal count; the ranks' mean, which they take, is to be their sum.
@@ -344,6 +345,10 @@ if __name__ == "__main__":
             seconds = (between - began) * gradient_accumulation_steps / machine.world_size + time.perf_counter() - between
             say(f"dry run    {seconds:.3g} s an iteration, {tokens_per_iter / seconds:,.0f} tokens/s, "
                 f"{duration(seconds * (end - iter_num))} in all; {machine.peak_gib():.2f} GiB at the peak")
+            parts = memory(raw_model, batch_size, optimizer, machine.dtype.itemsize, machine.world_size if fsdp else 1,
+                           gradient_accumulation_steps > machine.world_size)
+            say("memory     " + " + ".join(f"{v / 2**30:.2f} {k}" for k, v in parts.items())
+                + f" = {sum(parts.values()) / 2**30:.2f} GiB a rank, estimated")
             sys.exit(machine.close())
 
         def snapshot():
