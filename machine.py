@@ -1,5 +1,6 @@
 """What a run stands on: device, dtype, ranks, signals, its folder, logs. Every script asks here, so 'auto' means one thing."""
 import ctypes
+import fcntl
 import json
 import os
 import platform
@@ -29,7 +30,8 @@ class Machine:
     Raises ValueError for a device, dtype or backend that is not to be had here.
     """
 
-    def __init__(self, device="auto", dtype="auto", compile="auto", backend="auto", timeout_s=600, deterministic=False, fsdp=False):
+    def __init__(self, device="auto", dtype="auto", compile="auto", backend="auto", timeout_s=600, deterministic=False,
+                 fsdp=False):
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         self.rank, self.world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
                                                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
@@ -56,8 +58,7 @@ class Machine:
             compile, why["compile"] = self.type == "cuda", "on for CUDA; elsewhere --compile pays in longer runs"
         self.compile, self.why, self.fsdp = compile, why, fsdp
         if fsdp and (self.world_size == 1 or self.type == "mps"):
-            raise ValueError(f"fsdp=True shards over the ranks of torchrun --nproc_per_node=2 or more, with CUDA or on CPUs, and here "
-                             f"world size is {self.world_size} and device {device!r}; drop --fsdp")
+            raise ValueError(f"fsdp=True needs torchrun --nproc_per_node=2 or more, with CUDA or CPUs, not {device}; drop --fsdp")
         self.backend = ("nccl" if self.type == "cuda" else "gloo") if backend == "auto" else backend
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -70,7 +71,7 @@ class Machine:
         if self.world_size > 1:
             if self.backend == "nccl" and self.type != "cuda":
                 raise ValueError(f"backend='nccl' needs CUDA, and the device is {self.device}; --backend=gloo runs on any")
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated|FSDP2-wrapped module .* returned a view")  # as meant
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated|FSDP2-wrapped module .* returned a view")
             dist.init_process_group(self.backend, timeout=timedelta(seconds=timeout_s),
                                     device_id=self.device if self.backend == "nccl" else None)
 
@@ -125,8 +126,7 @@ class Machine:
     def parallel(self, model):
         """The model whose gradients become the ranks' mean, when its set_requires_gradient_sync says so: DDP's or FSDP's."""
         if self.world_size > 1 and not self.fsdp:
-            model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True,
-                                            device_ids=[self.device] if self.type == "cuda" else None)
+            model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
             model.set_requires_gradient_sync = lambda wanted: setattr(model, "require_backward_grad_sync", wanted)
         return model
 
@@ -248,11 +248,8 @@ def lock(out_dir):
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     file = open(out_dir / ".lock", "a+")
-    try:
-        import fcntl  # the kernel drops such a lock with the process, so a kill -9 leaves nothing behind
+    try:  # the kernel drops such a lock with the process, so a kill -9 leaves nothing behind
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        print("note: this system has no flock; see to it that no second run writes the same out_dir", file=sys.stderr)
     except BlockingIOError:
         file.seek(0)
         raise ValueError(f"{out_dir} is in use by another run ({file.read().strip()}); name another --out_dir") from None
@@ -315,21 +312,23 @@ def first_line(error):
 
 
 def memory(model, batch_size, optimizer, matmul_bytes=4, shards=1, accumulate=True):
-    """Estimate of {part: bytes} that a rank's training step takes at its peak; README.md has the terms and the errors.
+    """{part: bytes} of a rank at the peak of a training step, and their 'total'; README.md explains the terms.
 
-    matmul_bytes: of a number in matrix products, 2 under autocast. shards: FSDP's ranks, 1 without. accumulate: more
-    than one micro-batch a rank. A model of any size can be asked about that was built under torch.device("meta").
+    matmul_bytes: of a number in matrix products. shards: FSDP's ranks, else 1. accumulate: more than one micro-batch a
+    rank. A model of any size can be asked about that was built under torch.device("meta").
     """
-    c, total, tokens, a = model.config, model.num_params(), batch_size * model.config.block_size, matmul_bytes
-    blocks = sum(p.numel() for p in model.blocks.parameters())
-    muon = sum(p.numel() for p in model.blocks.parameters() if p.dim() > 1) if optimizer == "muon" else 0
+    c, a, P = model.config, matmul_bytes, model.num_params()
+    hidden = sum(p.numel() for p in model.blocks.parameters() if p.dim() > 1)
     heads = (c.n_head + c.n_kv_head) * c.head_dim * (3 if c.qk_norm or c.pos_emb == "rope" else 2)
     layer = 8 * c.n_embd + a * (2 * c.n_embd + heads + c.n_ff * (4 if c.mlp == "swiglu" else 2))  # bytes a token
-    layers = 4 * c.n_embd * c.n_layer + layer if getattr(c, "gradient_checkpointing", False) else layer * c.n_layer
-    head = (4 + a) * c.n_embd + (12 + a) * c.vocab_size
-    copies = a * total * (a < 4) if shards == 1 else 4 * (total - blocks) + (2 * a + 4) * blocks // c.n_layer
-    return {"parameters": 4 * total // shards, "gradients": 4 * total // (1 if accumulate else shards),
-            "optimizer": (8 * total - 4 * muon) // shards, "activations": tokens * (layers + head), "copies": copies}
+    layers = 4 * c.n_embd * c.n_layer + layer if getattr(model, "gradient_checkpointing", False) else layer * c.n_layer
+    logits = (4 + a) * c.n_embd + (12 + a) * c.vocab_size
+    blocks = a * (a < 4) * hidden if shards == 1 else 4 * (P - hidden) + (2 * a + 4) * hidden // c.n_layer
+    parts = {"parameters": 4 * P // shards, "gradients": 4 * P // (1 if accumulate else shards),
+             "optimizer": (8 * P - 4 * hidden * (optimizer == "muon")) // shards,
+             "activations": batch_size * c.block_size * (layers + logits),
+             "copies": blocks + a * (a < 4) * c.vocab_size * c.n_embd}
+    return parts | {"total": sum(parts.values())}
 
 
 def duration(seconds):

@@ -52,9 +52,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose every update is replaced by the nearest semi-orthogonal matrix (Jordan et al., Muon).
 
     All directions of a matrix then move by the same amount, also those in which the gradient is small. `rows` names
-    parameters that hold several matrices on top of each other, {name: [rows of each]}. Pieces of equal shape, from
-    whichever layer, are orthogonalised in one batch, of which each rank does a share, under DDP and under FSDP.
-    A step uses the gradients up. State: `momentum_buffer`, of the parameter's shape.
+    parameters that hold several matrices on top of each other, {name: [rows of each]}. Pieces of equal shape are one
+    batch, of which each rank does a share. A step uses up the gradients. State: `momentum_buffer`, of p's shape.
     """
     def __init__(self, group, rows, momentum=0.95):
         super().__init__([group], dict(lr=0.02, weight_decay=0.0))
@@ -98,11 +97,10 @@ def whole(tensor):
 
 
 def shard(tensor):
-    """This rank's rows of a tensor and the number of the first: all of them unless FSDP has dealt them, as torch.chunk does."""
+    """This rank's rows of a tensor and the number of the first: all of them, or what FSDP deals as torch.chunk would."""
     if not hasattr(tensor, "to_local"):
         return tensor, 0
-    mesh = tensor.device_mesh
-    return tensor.to_local(), mesh.get_local_rank() * math.ceil(len(tensor) / mesh.size())
+    return tensor.to_local(), tensor.device_mesh.get_local_rank() * math.ceil(len(tensor) / tensor.device_mesh.size())
 
 
 def orthogonalize(g):
@@ -146,8 +144,7 @@ def load_state_by_name(optimizers, state):
         for name, p in ((n, p) for g in o.param_groups for n, p in zip(g["param_names"], g["params"])):
             if name not in state or ("momentum_buffer" in state[name]) != isinstance(o, Muon):
                 raise ValueError(f"the checkpoint has no {type(o).__name__} state for {name}; resume with the run's own --optimizer")
-            o.state[p] = {}
+            o.state[p] = {k: torch.empty_like(p if v.dim() else v, device=p.device) for k, v in state[name].items()}
             for key, value in state[name].items():
-                o.state[p][key] = torch.empty_like(p if value.dim() else value, device=p.device)
                 rows, first = shard(o.state[p][key])
                 rows.copy_(value[first:first + len(rows)] if value.dim() else value)

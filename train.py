@@ -166,13 +166,12 @@ def evaluate(model, batches, machine):
     """Mean cross-entropy in nats over the targets of all `batches` of (x, y) that count; the ranks share the work."""
     model.eval()
     losses, count = [], 0
-    for i, (x, y) in enumerate(batches):
-        if i % machine.world_size == machine.rank:
-            with machine.autocast():
+    with machine.autocast():
+        for i, (x, y) in enumerate(batches):
+            if i % machine.world_size == machine.rank:
                 losses.append(model(machine.to_device(x), machine.to_device(y), reduction="sum")[1])
-            count += int((y != -100).sum())
-    if machine.rank > i % machine.world_size:  # FSDP's ranks can only go forward together
-        with machine.autocast():
+                count += int((y != -100).sum())
+        if machine.rank > i % machine.world_size:  # FSDP's ranks can only go forward together
             model(machine.to_device(x), machine.to_device(y), reduction="sum")
     model.train()
     nats, count = machine.sum(sum(loss.item() for loss in losses), count)
@@ -191,10 +190,8 @@ def check_settings(s):
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
     wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
-    if s["optimizer"] not in ("muon", "adamw"):
-        wrong.append(f"optimizer={s['optimizer']!r} is neither 'muon' nor 'adamw'")
-    if s["lr_schedule"] not in optim.SCHEDULES:
-        wrong.append(f"lr_schedule={s['lr_schedule']!r} is not one of {', '.join(optim.SCHEDULES)}")
+    for k, those in {"optimizer": ("muon", "adamw"), "lr_schedule": optim.SCHEDULES}.items():
+        wrong += [f"{k}={s[k]!r} is not one of {', '.join(those)}"] if s[k] not in those else []
     if s["min_lr"] > s["learning_rate"] or not s["learning_rate"]:
         wrong.append(f"learning_rate={s['learning_rate']} must be above 0, and not below min_lr={s['min_lr']}")
     if wrong:
@@ -347,8 +344,7 @@ if __name__ == "__main__":
                 f"{duration(seconds * (end - iter_num))} in all; {machine.peak_gib():.2f} GiB at the peak")
             parts = memory(raw_model, batch_size, optimizer, machine.dtype.itemsize, machine.world_size if fsdp else 1,
                            gradient_accumulation_steps > machine.world_size)
-            say("memory     " + " + ".join(f"{v / 2**30:.2f} {k}" for k, v in parts.items())
-                + f" = {sum(parts.values()) / 2**30:.2f} GiB a rank, estimated")
+            say("memory     " + ", ".join(f"{k} {v / 2**30:,.2f}" for k, v in parts.items()) + " GiB a rank (estimated)")
             sys.exit(machine.close())
 
         def snapshot():

@@ -145,7 +145,7 @@ def test_an_evaluation_and_a_dry_run_under_fsdp(tmp_path, data):
     evaluate = ["--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--eval_only", "--batch_size=7"]
     said = ok(run("train.py", *evaluate, cwd=tmp_path)), ok(torchrun(2, *evaluate, "--fsdp", cwd=tmp_path))
     assert last(said[0]) == last(said[1]) and len(last(said[0])) == 3
-    assert re.search(r"memory .* = \d+\.\d+ GiB a rank", ok(torchrun(2, *flags(data, tmp_path / "dry", "--fsdp", "--dry_run"), cwd=tmp_path)))
+    assert re.search(r"memory     parameters .* total \d+\.\d+ GiB a rank", ok(torchrun(2, *flags(data, tmp_path / "dry", "--fsdp", "--dry_run"), cwd=tmp_path)))
     assert not (tmp_path / "dry").exists()
 
 
