@@ -202,8 +202,10 @@ def explained(settings):
         s, text = settings, str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:  # torch's CPU allocator
             parts = next((k for k in range(2, s["batch_size"] + 1) if s["batch_size"] % k == 0), 0)
-            same = (f"the same run in less: --batch_size={s['batch_size'] // parts} --gradient_accumulation_steps="
-                    f"{s['gradient_accumulation_steps'] * parts}; a smaller run: " if parts else "")
+            same = [f"--batch_size={s['batch_size'] // parts} --gradient_accumulation_steps="
+                    f"{s['gradient_accumulation_steps'] * parts}"] if parts else []
+            same += ["--gradient_checkpointing"] if not s["gradient_checkpointing"] else []
+            same = f"the same run in less: {', then '.join(same)}; a smaller run: " if same else ""
             raise ValueError(f"out of memory with batch_size={s['batch_size']} ({first_line(error)}); {same}a block_size below "
                              f"{s['block_size']}, an n_layer below {s['n_layer']}") from None
         if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistError)):

@@ -3,7 +3,8 @@
     GPT-2   pos_emb='learned' norm='layernorm' mlp='gelu'   qk_norm=False tie_weights=True bias=True
     Llama   pos_emb='rope'    norm='rmsnorm'   mlp='swiglu' qk_norm=False n_kv_head < n_head
     Qwen3   the same with qk_norm=True
-    ours    pos_emb='rope'    norm='rmsnorm'   mlp='relu2'  qk_norm=True, nothing tied, no biases
+    ours    pos_emb='rope'    norm='rmsnorm'   mlp='relu2'  qk_norm=True, nothing tied, no biases, and
+            token_shift=True, which the others turn off
 
 Letters in the shapes: B batch, T time (tokens), C = n_embd, nh heads, hs head size, V vocabulary.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -35,6 +37,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     qk_norm: bool = True           # RMSNorm on each head's queries and keys: attention logits cannot blow up
     tie_weights: bool = False      # the head is the embedding's own matrix
+    token_shift: bool = True       # add the token before, by a learnt share of each channel, to each token's embedding
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -110,6 +113,7 @@ class KVCache:
         self.capacity = capacity  # in tokens
         self.length = 0           # tokens seen; GPT.forward moves it on when all layers have written
         self.layers = {}          # layer -> (2, B, n_kv_head, capacity, hs), made when its first keys come
+        self.embedding = None     # (B, 1, C) of the last token seen, for the token shift
 
     def append(self, layer, k, v):
         """Store k and v (B, n_kv_head, T, hs) of new positions; return those of all positions so far."""
@@ -189,6 +193,9 @@ class GPT(nn.Module):
         self.config = config
         rows = 64 * math.ceil(config.vocab_size / 64)  # 50257 -> 50304: a head whose width the matrix units like
         self.wte = nn.Embedding(rows, config.n_embd)
+        self.gradient_checkpointing = False  # keep only the blocks' inputs for the backward pass, and compute the rest anew
+        if config.token_shift:
+            self.shift = nn.Parameter(torch.empty(config.n_embd))
         if config.pos_emb == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         else:
@@ -211,6 +218,8 @@ class GPT(nn.Module):
         there everything starts as in GPT-2, at 0.02, the projections smaller by the root of their number.
         """
         tied = self.config.tie_weights
+        if self.config.token_shift:
+            nn.init.zeros_(self.shift)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = 0.02 if tied else (3 * module.in_features) ** -0.5
@@ -261,6 +270,11 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens do not fit block_size={self.config.block_size}")
         assert T == 1 or past == 0, "a cache takes the whole prompt first, then one token at a time"
         x = self.wte(idx)  # (B, T, C)
+        if self.config.token_shift:
+            before = F.pad(x, (0, 0, 1, -1)) if past == 0 else cache.embedding  # (B, T, C), zero before the first token
+            if cache is not None:
+                cache.embedding = x[:, -1:]
+            x = x + self.shift * before
         rope = None
         if self.config.pos_emb == "learned":
             x = x + self.wpe.weight[past:past + T]
@@ -268,7 +282,10 @@ class GPT(nn.Module):
             rope = self.rope[:, past:past + T]
         x = self.drop(x)
         for block in self.blocks:
-            x = block(x, rope, cache)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache)
         if cache is not None:
             cache.length += T
             x = x[:, -1:]

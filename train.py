@@ -31,6 +31,7 @@ pos_emb = "rope"            # or 'learned'
 rope_theta = 10000.0        # the slowest RoPE wave turns once in 2 pi rope_theta tokens
 qk_norm = True              # normalise queries and keys
 tie_weights = False         # share the embedding's matrix with the head
+token_shift = True          # add the token before, by a learnt share of each channel, to each token's embedding
 # the optimizer
 optimizer = "muon"          # Muon for the blocks' matrices, AdamW for the rest; or 'adamw' for all
 learning_rate = 6e-4        # AdamW's peak
@@ -68,6 +69,7 @@ tensorboard_log = False     # log for TensorBoard too, in out_dir
 device = "auto"             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto takes the best there is
 dtype = "auto"              # 'float32', 'bfloat16', 'float16' (with a loss scaler); auto takes the fastest safe one
 compile = "auto"            # torch.compile; auto: on CUDA only
+gradient_checkpointing = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
 backend = "auto"            # torch.distributed's: 'nccl' on CUDA, else 'gloo'
 timeout_s = 600             # seconds without an answer from another rank that end the run
 deterministic = False       # repeatable kernels on CUDA, where torch has them; a CPU's are in any case
@@ -188,10 +190,8 @@ def check_settings(s):
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
     wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
-    if s["optimizer"] not in ("muon", "adamw"):
-        wrong.append(f"optimizer={s['optimizer']!r} is neither 'muon' nor 'adamw'")
-    if s["lr_schedule"] not in optim.SCHEDULES:
-        wrong.append(f"lr_schedule={s['lr_schedule']!r} is not one of {', '.join(optim.SCHEDULES)}")
+    wrong += [f"{k}={s[k]!r} is not one of {', '.join(choices)}" for k, choices in
+              (("optimizer", ("muon", "adamw")), ("lr_schedule", optim.SCHEDULES)) if s[k] not in choices]
     if s["min_lr"] > s["learning_rate"] or not s["learning_rate"]:
         wrong.append(f"learning_rate={s['learning_rate']} must be above 0, and not below min_lr={s['min_lr']}")
     if wrong:
@@ -250,6 +250,7 @@ if __name__ == "__main__":
         check_causality(config)
         torch.manual_seed(seed)
         raw_model = GPT(config)
+        raw_model.gradient_checkpointing = gradient_checkpointing
         if origin:
             raw_model.load_state_dict(state["model"])
         raw_model.to(machine.device)
