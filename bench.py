@@ -28,6 +28,7 @@ bias = False
 tie_weights = False
 token_shift = True
 gradient_checkpointing = False
+loss_chunk = 0
 optimizer = "muon"     # or 'adamw'
 new_tokens = 128       # to generate, for 'sample'; the prompt has 16
 device = "auto"
@@ -98,13 +99,15 @@ def loader_contestants(s):
     contestants = {"get_batch": lambda: split.get_batch(next(ours), B), "loop over rows": loop}
     for _ in range(3):
         assert all(map(torch.equal, *(f() for f in contestants.values()))), "both must deal the same windows"
-    return contestants, B * T
+    return contestants, dict.fromkeys(contestants, B * T)
 
 
 def build(s, machine):
     """The model that settings s describe, with weights that are not zero anywhere."""
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{f.name: s[f.name] for f in fields(GPTConfig) if f.name in s})).to(machine.device)
+    model = GPT(GPTConfig(**{f.name: s[f.name] for f in fields(GPTConfig) if f.name in s})).to(machine.device)
+    model.gradient_checkpointing, model.loss_chunk = s["gradient_checkpointing"], s["loss_chunk"]
+    return model
 
 
 def make_step(s, machine):
@@ -114,14 +117,12 @@ def make_step(s, machine):
     x, y = (torch.randint(s["vocab_size"], (s["batch_size"], s["block_size"]), device=machine.device) for _ in range(2))
     model = machine.try_compile(raw_model, x, y) if machine.compile else raw_model
 
-    def forward():
-        with machine.autocast():
-            return model(x, y)[1]
-
     def forward_backward():
         for p in raw_model.parameters():
             p.grad = None
-        forward().backward()
+        with machine.autocast():
+            loss = model(x, y)[1]
+        loss.backward()
 
     def update():
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
@@ -215,8 +216,7 @@ if __name__ == "__main__":
         # The contestants, and how many tokens a call of each is good for.
         parts = {}
         if task == "loader":
-            contestants, per_call = loader_contestants(settings)
-            tokens = dict.fromkeys(contestants, per_call)
+            contestants, tokens = loader_contestants(settings)
         elif task == "sample":
             contestants = {"cached": make_sampler(settings, machine)}
             name = vs or "uncached"

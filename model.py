@@ -3,8 +3,7 @@
     GPT-2   pos_emb='learned' norm='layernorm' mlp='gelu'   qk_norm=False tie_weights=True bias=True
     Llama   pos_emb='rope'    norm='rmsnorm'   mlp='swiglu' qk_norm=False n_kv_head < n_head
     Qwen3   the same with qk_norm=True
-    ours    pos_emb='rope'    norm='rmsnorm'   mlp='relu2'  qk_norm=True, nothing tied, no biases, and
-            token_shift=True, which the others turn off
+    ours    pos_emb='rope'    norm='rmsnorm'   mlp='relu2'  qk_norm=True, token_shift=True, no bias, nothing tied
 
 Letters in the shapes: B batch, T time (tokens), C = n_embd, nh heads, hs head size, V vocabulary.
 """
@@ -194,6 +193,7 @@ class GPT(nn.Module):
         rows = 64 * math.ceil(config.vocab_size / 64)  # 50257 -> 50304: a head whose width the matrix units like
         self.wte = nn.Embedding(rows, config.n_embd)
         self.gradient_checkpointing = False  # keep only the blocks' inputs for the backward pass, and compute the rest anew
+        self.loss_chunk = 0                  # positions whose logits are in memory at once, and computed anew; 0: all
         if config.token_shift:
             self.shift = nn.Parameter(torch.empty(config.n_embd))
         if config.pos_emb == "learned":
@@ -262,7 +262,8 @@ class GPT(nn.Module):
 
         logits: (B, T, vocab_size), with a `cache` only the last position's, (B, 1, vocab_size).
         loss: cross-entropy in nats over targets (B, T) int64 that are not -100, their mean or (reduction='sum')
-        their sum; None without targets. Raises ValueError past block_size.
+        their sum; None without targets. With `loss_chunk` and targets there are no logits, but None.
+        Raises ValueError past block_size.
         """
         B, T = idx.shape
         past = cache.length if cache is not None else 0
@@ -289,10 +290,22 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
             x = x[:, -1:]
-        logits = self.lm_head(self.norm(x))[..., :self.config.vocab_size]  # (B, T, V), the padding cropped
+        x = self.norm(x)
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction=reduction)
+            return self.logits(x), None
+        score = lambda logits, targets: F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
+        if not self.loss_chunk:
+            logits = self.logits(x)
+            nats = score(logits, targets)
+        else:
+            pieces = zip(*(z.flatten(0, 1).split(self.loss_chunk) for z in (x, targets)))
+            score_piece = lambda x, targets: score(self.logits(x), targets)
+            logits, nats = None, sum(checkpoint(score_piece, *piece, use_reentrant=False) for piece in pieces)
+        return logits, nats if reduction == "sum" else nats / (targets != -100).sum()
+
+    def logits(self, x):
+        """(..., C) -> (..., vocab_size), the padding cropped."""
+        return self.lm_head(x)[..., :self.config.vocab_size]
 
     def generate(self, idx, max_new_tokens, **sampling):
         """Return idx (B, T) int64 with up to max_new_tokens sampled tokens behind it, (B, T + n) int64.

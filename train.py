@@ -70,6 +70,7 @@ device = "auto"             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto takes the bes
 dtype = "auto"              # 'float32', 'bfloat16', 'float16' (with a loss scaler); auto takes the fastest safe one
 compile = "auto"            # torch.compile; auto: on CUDA only
 gradient_checkpointing = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
+loss_chunk = 0              # positions whose logits are in memory at once, and computed again for the backward pass; 0: all
 backend = "auto"            # torch.distributed's: 'nccl' on CUDA, else 'gloo'
 timeout_s = 600             # seconds without an answer from another rank that end the run
 deterministic = False       # repeatable kernels on CUDA, where torch has them; a CPU's are in any case
@@ -186,7 +187,7 @@ def check_settings(s):
               "at least 2, for the newest may turn out damaged": (2, "keep_checkpoints"),
               "0 or more": (0, "learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters max_epochs max_hours "
                                "patience target_loss skip_nonfinite eval_iters checkpoint_interval sample_interval beta1 beta2 "
-                               "decay_frac muon_lr")}
+                               "decay_frac muon_lr loss_chunk")}
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
     wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
@@ -250,7 +251,7 @@ if __name__ == "__main__":
         check_causality(config)
         torch.manual_seed(seed)
         raw_model = GPT(config)
-        raw_model.gradient_checkpointing = gradient_checkpointing
+        raw_model.gradient_checkpointing, raw_model.loss_chunk = gradient_checkpointing, loss_chunk
         if origin:
             raw_model.load_state_dict(state["model"])
         raw_model.to(machine.device)

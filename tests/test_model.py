@@ -132,6 +132,23 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(shape):
 
 
 @every_shape
+def test_a_chunked_loss_has_the_same_gradients_and_never_holds_all_logits(shape):
+    (x, y), results, largest = batch(), [], []
+    y[:, ::3] = -100
+    for chunk in (0, 24):  # 128 positions: the last piece is shorter
+        model = randomised(shape).train()
+        model.loss_chunk, held = chunk, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.shape) or t, lambda t: t):
+            logits, loss = model(x, y)
+        assert (logits is None) == bool(chunk)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+        largest.append(max(math.prod(s) for s in held if s[-1:] == (100,)) if not chunk else sum(s[-1:] == (100,) for s in held))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results))
+    assert largest == [128 * 100, 0]  # what the backward pass keeps of the logits
+
+
+@every_shape
 def test_padding_of_the_vocabulary_is_invisible(shape):
     model, (x, y) = make(shape, vocab_size=100), batch()
     assert model.lm_head.weight.shape[0] == 128
