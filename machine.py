@@ -56,7 +56,7 @@ class Machine:
             raise ValueError(f"compile={compile!r} is none of auto, true, false")
         if compile == "auto":
             compile, why["compile"] = self.type == "cuda", "on for CUDA; elsewhere --compile pays in longer runs"
-        self.compile, self.why, self.fsdp = compile, why, fsdp
+        self.compile, self.why, self.fsdp, self.shards = compile, why, fsdp, self.world_size if fsdp else 1
         if fsdp and (self.world_size == 1 or self.type == "mps"):
             raise ValueError(f"fsdp=True needs torchrun --nproc_per_node=2 or more, with CUDA or CPUs, not {device}; drop --fsdp")
         self.backend = ("nccl" if self.type == "cuda" else "gloo") if backend == "auto" else backend
@@ -230,8 +230,10 @@ def explained(settings):
         s, text = settings, str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:  # torch's CPU allocator
             parts = next((k for k in range(2, s["batch_size"] + 1) if s["batch_size"] % k == 0), 0)
-            same = (f"the same run in less: --batch_size={s['batch_size'] // parts} --gradient_accumulation_steps="
-                    f"{s['gradient_accumulation_steps'] * parts}; a smaller run: " if parts else "")
+            same = [f"--batch_size={s['batch_size'] // parts} --gradient_accumulation_steps="
+                    f"{s['gradient_accumulation_steps'] * parts}"] if parts else []
+            same += ["--gradient_checkpointing"] if not s["gradient_checkpointing"] else []
+            same = f"the same run in less: {', then '.join(same)}; a smaller run: " if same else ""
             raise ValueError(f"out of memory with batch_size={s['batch_size']} ({first_line(error)}); {same}a block_size below "
                              f"{s['block_size']}, an n_layer below {s['n_layer']}") from None
         if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistError)):
@@ -311,22 +313,21 @@ def first_line(error):
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def memory(model, batch_size, optimizer, matmul_bytes=4, shards=1, accumulate=True):
+def memory(model, batch_size, optimizer, matmul_bytes=4, shards=1, micro_batches=2):
     """{part: bytes} of a rank at the peak of a training step, and their 'total'; README.md explains the terms.
-
-    matmul_bytes: of a number in matrix products. shards: FSDP's ranks, else 1. accumulate: more than one micro-batch a
-    rank. A model of any size can be asked about that was built under torch.device("meta").
+    matmul_bytes: of a number in matrix products. shards: FSDP's ranks, else 1; micro_batches of an iteration, over all
+    ranks. A model of any size can be asked about that was built under torch.device("meta").
     """
-    c, a, P = model.config, matmul_bytes, model.num_params()
+    c, a, P, tokens = model.config, matmul_bytes, model.num_params(), batch_size * model.config.block_size
     hidden = sum(p.numel() for p in model.blocks.parameters() if p.dim() > 1)
     heads = (c.n_head + c.n_kv_head) * c.head_dim * (3 if c.qk_norm or c.pos_emb == "rope" else 2)
     layer = 8 * c.n_embd + a * (2 * c.n_embd + heads + c.n_ff * (4 if c.mlp == "swiglu" else 2))  # bytes a token
-    layers = 4 * c.n_embd * c.n_layer + layer if getattr(model, "gradient_checkpointing", False) else layer * c.n_layer
-    logits = (4 + a) * c.n_embd + (12 + a) * c.vocab_size
+    layers = 4 * c.n_embd * c.n_layer + layer if model.gradient_checkpointing else layer * c.n_layer
+    logits = (12 + a) * c.vocab_size * min(model.loss_chunk or tokens, tokens)
     blocks = a * (a < 4) * hidden if shards == 1 else 4 * (P - hidden) + (2 * a + 4) * hidden // c.n_layer
-    parts = {"parameters": 4 * P // shards, "gradients": 4 * P // (1 if accumulate else shards),
+    parts = {"parameters": 4 * P // shards, "gradients": 4 * P // (shards if micro_batches <= shards else 1),
              "optimizer": (8 * P - 4 * hidden * (optimizer == "muon")) // shards,
-             "activations": batch_size * c.block_size * (layers + logits),
+             "activations": tokens * (layers + (4 + a) * c.n_embd) + logits,
              "copies": blocks + a * (a < 4) * c.vocab_size * c.n_embd}
     return parts | {"total": sum(parts.values())}
 

@@ -31,6 +31,7 @@ pos_emb = "rope"            # or 'learned'
 rope_theta = 10000.0        # the slowest RoPE wave turns once in 2 pi rope_theta tokens
 qk_norm = True              # normalise queries and keys
 tie_weights = False         # share the embedding's matrix with the head
+token_shift = True          # add the token before, by a learnt share of each channel, to each token's embedding
 # the optimizer
 optimizer = "muon"          # Muon for the blocks' matrices, AdamW for the rest; or 'adamw' for all
 learning_rate = 6e-4        # AdamW's peak
@@ -69,6 +70,8 @@ device = "auto"             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto takes the bes
 dtype = "auto"              # 'float32', 'bfloat16', 'float16' (with a loss scaler); auto takes the fastest safe one
 compile = "auto"            # torch.compile; auto: on CUDA only
 fsdp = False                # shard parameters, gradients and optimizer state over the ranks
+gradient_checkpointing = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
+loss_chunk = 0              # positions whose logits are in memory at once, and computed again for the backward pass; 0: all
 backend = "auto"            # torch.distributed's: 'nccl' on CUDA, else 'gloo'
 timeout_s = 600             # seconds without an answer from another rank that end the run
 deterministic = False       # repeatable kernels on CUDA, where torch has them; a CPU's are in any case
@@ -186,12 +189,12 @@ def check_settings(s):
               "at least 2, for the newest may turn out damaged": (2, "keep_checkpoints"),
               "0 or more": (0, "learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters max_epochs max_hours "
                                "patience target_loss skip_nonfinite eval_iters checkpoint_interval sample_interval beta1 beta2 "
-                               "decay_frac muon_lr")}
+                               "decay_frac muon_lr loss_chunk")}
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
     wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
-    for k, those in {"optimizer": ("muon", "adamw"), "lr_schedule": optim.SCHEDULES}.items():
-        wrong += [f"{k}={s[k]!r} is not one of {', '.join(those)}"] if s[k] not in those else []
+    wrong += [f"{k}={s[k]!r} is not one of {', '.join(choices)}" for k, choices in
+              (("optimizer", ("muon", "adamw")), ("lr_schedule", optim.SCHEDULES)) if s[k] not in choices]
     if s["min_lr"] > s["learning_rate"] or not s["learning_rate"]:
         wrong.append(f"learning_rate={s['learning_rate']} must be above 0, and not below min_lr={s['min_lr']}")
     if wrong:
@@ -236,9 +239,8 @@ if __name__ == "__main__":
             raise ValueError(f"patience and target_loss go by the validation loss, and {folder} has no val.bin")
 
         # The model and its optimizer.
-        model_args = dict(state["model_args"]) if origin else {}
-        model_args |= {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
-        config = GPTConfig(**model_args | {"vocab_size": meta["vocab_size"]})
+        asked_for = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
+        config = GPTConfig(**(state["model_args"] if origin else {}) | asked_for | {"vocab_size": meta["vocab_size"]})
         if origin:
             differ = GPTConfig(**state["model_args"]).differences(config)
             if differ:
@@ -250,6 +252,7 @@ if __name__ == "__main__":
         check_causality(config)
         torch.manual_seed(seed)
         raw_model = GPT(config)
+        raw_model.gradient_checkpointing, raw_model.loss_chunk = gradient_checkpointing, loss_chunk
         if origin:
             raw_model.load_state_dict(state["model"])
         machine.place(raw_model)
@@ -285,8 +288,8 @@ if __name__ == "__main__":
         say("\n".join(f"           {line}" for line in optim.describe(optimizers)))
         say("\n".join(f"{name:10} {len(split.tokens):,} tokens, {split.path}" for name, split in splits.items()))
         say(f"iteration  {tokens_per_iter:,} tokens = {gradient_accumulation_steps} micro-batches * {batch_size} rows * {block_size}")
-        epochs = end * rows_per_iter / train_data.n_windows
-        say(f"run        {end:,} iterations = {end * tokens_per_iter:,} tokens = {epochs:,.2f} epochs")
+        say(f"run        {end:,} iterations = {end * tokens_per_iter:,} tokens = "
+            f"{end * rows_per_iter / train_data.n_windows:,.2f} epochs")
         say("\n".join(machine.describe()))
         if resuming:
             say(f"resume     {path} at iteration {iter_num:,}")
@@ -342,8 +345,7 @@ if __name__ == "__main__":
             seconds = (between - began) * gradient_accumulation_steps / machine.world_size + time.perf_counter() - between
             say(f"dry run    {seconds:.3g} s an iteration, {tokens_per_iter / seconds:,.0f} tokens/s, "
                 f"{duration(seconds * (end - iter_num))} in all; {machine.peak_gib():.2f} GiB at the peak")
-            parts = memory(raw_model, batch_size, optimizer, machine.dtype.itemsize, machine.world_size if fsdp else 1,
-                           gradient_accumulation_steps > machine.world_size)
+            parts = memory(raw_model, batch_size, optimizer, machine.dtype.itemsize, machine.shards, gradient_accumulation_steps)
             say("memory     " + ", ".join(f"{k} {v / 2**30:,.2f}" for k, v in parts.items()) + " GiB a rank (estimated)")
             sys.exit(machine.close())
 
@@ -359,9 +361,8 @@ if __name__ == "__main__":
         streak = torch.zeros(1, device=machine.device)  # iterations in a row with a gradient that is not finite
         skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # at each of them a scaler halves its scale, from 2^16 at first
         checked, slowest = time.monotonic(), 0.0  # the longest time between two looks at the clock
+        first_iter, floor, last = iter_num, min_lr / learning_rate, (iter_num, elapsed_s)  # last: when the log last spoke
         asked = 0  # why the ranks agree to stop: 0 not at all, 1 max_hours, else a signal's number
-        first_iter, floor = iter_num, min_lr / learning_rate
-        last = iter_num, elapsed_s  # when the log last spoke
         while not reason:
             # One update: the micro-batches of an iteration are dealt to the ranks in turn.
             factor = optim.lr_factor(iter_num, lr_schedule, warmup_iters, lr_decay_iters or end, decay_frac, floor)
@@ -433,9 +434,9 @@ if __name__ == "__main__":
                 elif patience and evals_without_gain >= patience:
                     reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
             if sample_interval and iter_num % sample_interval == 0:
-                start = torch.full((1, 1), reader.eot or 0, device=machine.device)  # a new document
-                with machine.autocast():
-                    sample = raw_model.generate(start, max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
+                with machine.autocast():  # a new document; under FSDP all ranks have to write it
+                    sample = raw_model.generate(torch.full((1, 1), reader.eot or 0, device=machine.device),
+                                                max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
                 say(reader.decode(sample[0, 1:].tolist()))
             better = due_eval and asked <= 1 and better
             if due_save or reason or better:

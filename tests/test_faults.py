@@ -641,7 +641,7 @@ def test_28_wandb_without_a_key_or_a_network_is_off_and_the_run_goes_on(tmp_path
 
 def test_out_of_memory_names_what_helps_in_order(tmp_path, data):
     process = faulty("no_memory=100", data, tmp_path / "out", "--batch_size=4096")
-    last_line(process, "out of memory with batch_size=4096", "--batch_size=2048 --gradient_accumulation_steps=4", "block_size below 16", "n_layer below 2")
+    last_line(process, "out of memory with batch_size=4096", "--batch_size=2048 --gradient_accumulation_steps=4, then --gradient_checkpointing", "block_size below 16", "n_layer below 2")
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data):
