@@ -52,10 +52,11 @@ def test_fsdp_is_ddp_in_half_the_memory(tmp_path, data, optimizer):
 
 @slow
 def test_what_does_not_divide_evenly_is_sharded_too(tmp_path, data):
-    """Three ranks, a width of 20, seven windows of evaluation, a tied head, grouped heads, dropout, masks of samples."""
+    """Three ranks, a width of 20, a tied head, grouped heads, dropout, samples; FSDP with checkpointing and a loss in pieces."""
     more = ["--gradient_accumulation_steps=6", "--mlp=swiglu", "--n_kv_head=1", "--tie_weights", "--bias", "--norm=layernorm",
             "--pos_emb=learned", "--dropout=0.1", "--sample_interval=10", "--batch_size=3", "--n_embd=20"]
-    said = [ok(torchrun(3, *flags(data, tmp_path / name, *more, f"--fsdp={name == 'fsdp'}"), cwd=tmp_path)) for name in ("ddp", "fsdp")]
+    fsdp = ["--fsdp", "--gradient_checkpointing", "--loss_chunk=10"]
+    said = [ok(torchrun(3, *flags(data, tmp_path / name, *more, *also), cwd=tmp_path)) for name, also in (("ddp", []), ("fsdp", fsdp))]
     close(tmp_path / "ddp", tmp_path / "fsdp")
     samples = [[line for line in text.splitlines() if not re.match(r"\w+ |  |.*_00000020", line)] for text in said]
     assert samples[0] == samples[1] and len(samples[0]) == 2
