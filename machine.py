@@ -1,5 +1,6 @@
 """What a run stands on: device, dtype, ranks, signals, its folder, logs. Every script asks here, so 'auto' means one thing."""
 import ctypes
+import fcntl
 import json
 import os
 import platform
@@ -7,10 +8,10 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from logging import getLogger
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ class Machine:
         if self.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-        return used / (2**30 if sys.platform == "darwin" else 2**20)
+        return used / (2**30 if platform.system() == "Darwin" else 2**20)
 
     def peak_flops(self):
         """Operations a second by the data sheet, of all ranks together; None for a device that is not in the table."""
@@ -116,7 +117,7 @@ class Machine:
                 compiled(x, y, reduction="sum")[1].backward()
             return compiled
         except Exception as error:  # compilers fail in many ways, and none of them is a reason not to train
-            print(f"warning: torch.compile failed ({first_line(error)}); going on without it", file=sys.stderr)
+            getLogger("bareGPT").warning(f"warning: torch.compile failed ({first_line(error)}); going on without it")
             return model
         finally:
             model.zero_grad()
@@ -165,21 +166,29 @@ class LateFlags:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C as a number to look at between iterations; a second Ctrl-C ends the process at once."""
+    """SIGTERM, Ctrl-C and max_hours as a number to look at between iterations; a second Ctrl-C ends the process at once."""
 
-    def __init__(self):
-        self.received, self.when = 0, 0.0
+    def __init__(self, started, max_hours):
+        self.received, self.when, self.looked, self.slowest = 0, 0.0, time.monotonic(), 0.0
+        self.ends = started + 3600 * max_hours if max_hours else float("inf")  # on the clock of time.monotonic
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        # torchrun passes on the Ctrl-C that the terminal has already sent: within a second it is the same one.
-        same = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.when < 1
-        if self.received and number == signal.SIGINT and not same:
+        # torchrun passes a Ctrl-C on, to ranks that may have had it already (within a second it is the same one), and
+        # a second Ctrl-C as SIGTERM.
+        torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        again = number == signal.SIGINT or torchrun and self.received == signal.SIGINT
+        if self.received and again and not (torchrun and time.monotonic() - self.when < 1):
             os.write(2, b"\nended at once by a second Ctrl-C; --init_from=resume goes on from the newest whole checkpoint\n")
             os._exit(128 + number)
         if not self.received:
             self.received, self.when = int(number), time.monotonic()
+
+    def look(self, reserve_s):
+        """The signal that came; 1 when max_hours leaves no time for the slowest wait between looks and reserve_s; or 0."""
+        self.slowest, self.looked = max(self.slowest, time.monotonic() - self.looked), time.monotonic()
+        return self.received or int(self.looked + self.slowest + reserve_s > self.ends)
 
 
 def keep_freed_memory():
@@ -221,10 +230,7 @@ def lock(out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     file = open(out_dir / ".lock", "a+")
     try:
-        import fcntl  # the kernel drops such a lock with the process, so a kill -9 leaves nothing behind
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        print("note: this system has no flock; see to it that no second run writes the same out_dir", file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process, kill -9 or not
     except BlockingIOError:
         file.seek(0)
         raise ValueError(f"{out_dir} is in use by another run ({file.read().strip()}); name another --out_dir") from None
@@ -250,7 +256,7 @@ class Log:
                 if settings[wanted]:
                     self.others.append(start(settings))
             except Exception as error:  # not installed, no key, no network: each has an exception of its own
-                print(f"warning: {wanted} is off: {first_line(error)}", file=sys.stderr)
+                getLogger("bareGPT").warning(f"warning: {wanted} is off: {first_line(error)}")
 
     def write(self, **line):
         """Append one JSON object; numbers that are not finite have no place in JSON and become null."""
@@ -265,7 +271,7 @@ class Log:
             try:
                 other({k: v for k, v in line.items() if v is not None}, line["iter"])
             except Exception as error:
-                print(f"warning: a log failed and is off from here on: {first_line(error)}", file=sys.stderr)
+                getLogger("bareGPT").warning(f"warning: a log failed and is off from here on: {first_line(error)}")
                 self.others.remove(other)
 
 

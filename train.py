@@ -73,11 +73,12 @@ timeout_s = 600             # seconds without an answer from another rank that e
 deterministic = False       # repeatable kernels on CUDA, where torch has them; a CPU's are in any case
 
 if __name__ == "__main__":  # here, before the seconds that torch takes to import: a typo is answered at once
-    import signal, time
+    import logging, os, signal, time
     from configurator import configure
     started = time.monotonic()
     settings = configure(globals())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save until training begins
+    logging.getLogger("bareGPT").disabled = os.environ.get("RANK", "0") != "0"  # one rank's warnings are enough
 
 import math, mmap, sys, time
 from dataclasses import asdict, fields
@@ -162,11 +163,14 @@ class Split:
 
 
 @torch.no_grad()
-def evaluate(model, batches, machine):
-    """Mean cross-entropy in nats over the targets of all `batches` of (x, y) that count; the ranks share the work."""
+def evaluate(model, batches, machine, asked=lambda: 0):
+    """Mean cross-entropy in nats over the targets of all `batches` of (x, y) that count; the ranks share the work. None
+    where `asked` returned anything but 0 on any rank: it is called every few batches, and may then end the evaluation."""
     model.eval()
     losses, count = [], 0
     for i, (x, y) in enumerate(batches):
+        if i % (4 * machine.world_size) == 0 and machine.sum(asked())[0]:  # four forward passes are about an iteration
+            return None
         if i % machine.world_size == machine.rank:
             with machine.autocast():
                 losses.append(model(machine.to_device(x), machine.to_device(y), reduction="sum")[1])
@@ -188,10 +192,8 @@ def check_settings(s):
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
     wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
-    if s["optimizer"] not in ("muon", "adamw"):
-        wrong.append(f"optimizer={s['optimizer']!r} is neither 'muon' nor 'adamw'")
-    if s["lr_schedule"] not in optim.SCHEDULES:
-        wrong.append(f"lr_schedule={s['lr_schedule']!r} is not one of {', '.join(optim.SCHEDULES)}")
+    wrong += [f"{k}={s[k]!r} is not one of {', '.join(known)}" for k, known in
+              {"optimizer": ("muon", "adamw"), "lr_schedule": optim.SCHEDULES}.items() if s[k] not in known]
     if s["min_lr"] > s["learning_rate"] or not s["learning_rate"]:
         wrong.append(f"learning_rate={s['learning_rate']} must be above 0, and not below min_lr={s['min_lr']}")
     if wrong:
@@ -257,13 +259,14 @@ if __name__ == "__main__":
         scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
 
         # Where the run stands, and where it goes.
-        iter_num = cursor = tokens = evals_without_gain = 0
+        iter_num = cursor = tokens = evals_without_gain = due_eval = due_save = stopped = 0
         elapsed_s, best_val_loss = 0.0, math.inf
         if resuming:
             optim.load_state_by_name(optimizers, state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             iter_num, cursor, tokens, elapsed_s = (state[k] for k in ("iter_num", "cursor", "tokens", "elapsed_s"))
             best_val_loss, evals_without_gain = state["best_val_loss"], state["evals_without_gain"]
+            due_eval = due_save = val_data and state.get("eval_due")  # a signal came before its end
         origin = state = None  # a copy of the model and its optimizer less
         if gradient_accumulation_steps % machine.world_size:
             near = {max(1, gradient_accumulation_steps // machine.world_size + i) * machine.world_size for i in (0, 1)}
@@ -293,11 +296,13 @@ if __name__ == "__main__":
 
         model = compiled = raw_model.train()
 
-        def evaluate_split(name):
+        def evaluate_split(name, **options):
             """Loss, perplexity and, for a whole split of known bytes, bits per byte; as a dict, and printed."""
             split = splits[name]
             count = eval_iters if eval_iters * batch_size < split.n_windows else 0  # 0: the whole split is no more work
-            loss = evaluate(compiled, split.batches(batch_size, count), machine)
+            loss = evaluate(compiled, split.batches(batch_size, count), machine, **options)
+            if loss is None:
+                return None
             ppl, n_bytes = math.exp(min(loss, 99)), meta.get("bytes", {}).get(name)
             bpb = loss * split.n_targets / math.log(2) / n_bytes if n_bytes and not count and split.mask is None else None
             say(f"eval {iter_num:{wide},}/{end:,}  {name} loss {loss:.4f}  perplexity {ppl:,.2f}"
@@ -351,17 +356,43 @@ if __name__ == "__main__":
             return {"model": raw_model.state_dict(), "model_args": asdict(config), "optimizer": optim.state_by_name(optimizers),
                     "scaler": scaler.state_dict(), "iter_num": iter_num, "cursor": cursor, "tokens": tokens,
                     "elapsed_s": clock + paused, "best_val_loss": best_val_loss, "evals_without_gain": evals_without_gain,
-                    "config": settings, "tokenizer": tokenizer, "dataset_fingerprint": data_id}
+                    "eval_due": bool(due_eval), "config": settings, "tokenizer": tokenizer, "dataset_fingerprint": data_id}
 
-        reason = f"{end:,} iterations are done already; a higher --max_iters goes on" if iter_num >= end else ""
-        stop, flags, writer = StopSignals(), LateFlags(machine), checkpoint.Writer(path if resuming else None)
+        stop, flags = StopSignals(started, max_hours), LateFlags(machine)
+        writer = checkpoint.Writer(path if resuming else None)
         streak = torch.zeros(1, device=machine.device)  # iterations in a row with a gradient that is not finite
         skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # at each of them a scaler halves its scale, from 2^16 at first
-        checked, slowest = time.monotonic(), 0.0  # the longest time between two looks at the clock
-        asked = 0  # why the ranks agree to stop: 0 not at all, 1 max_hours, else a signal's number
-        first_iter, floor = iter_num, min_lr / learning_rate
-        last = iter_num, elapsed_s  # when the log last spoke
-        while not reason:
+        asked = lambda: stop.look(2 * writer.seconds)  # leaves time for a write that may be under way, and for the last one
+        news = lambda: torch.cat([streak, streak.new_full((1,), asked())])
+        first_iter, floor, last = iter_num, min_lr / learning_rate, (iter_num, elapsed_s)  # last: when the log last spoke
+        reason = f"{end:,} iterations are done already; a higher --max_iters goes on" if iter_num >= end else ""
+        while True:
+            # Outside the training clock: evaluation, a sample, checkpoints.
+            paused, better = time.perf_counter(), False
+            if main and iter_num == first_iter + 1:
+                writer.prepare(snapshot())
+            val = evaluate_split("val", asked=asked) if due_eval and not stopped else None
+            if val:
+                due_eval, better = False, val["val_loss"] < best_val_loss
+                best_val_loss = min(best_val_loss, val["val_loss"])
+                evals_without_gain = 0 if better else evals_without_gain + 1
+                log.write(iter=iter_num, tokens=tokens, elapsed_s=clock + paused, **val)
+                if val["val_loss"] <= target_loss:
+                    reason = f"target_loss={target_loss:g} is reached"
+                elif patience and evals_without_gain >= patience:
+                    reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
+            elif due_eval:  # it stays due, and the resume begins with it
+                (_, (_, stopped)), = flags.push(iter_num, news(), wait=True)
+            if main and sample_interval and iter_num % sample_interval == 0 and iter_num > first_iter:
+                start = torch.full((1, 1), reader.eot or 0, device=machine.device)  # a new document
+                sample = raw_model.generate(start, max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
+                say(reader.decode(sample[0, 1:].tolist()))
+            if main and (due_save or reason and val or stopped or better):
+                writer.start(out_dir, snapshot(), keep_checkpoints, better)
+            clock -= time.perf_counter() - paused
+            if reason or stopped:
+                break
+
             # One update: the micro-batches of an iteration are dealt to the ranks in turn.
             factor = optim.lr_factor(iter_num, lr_schedule, warmup_iters, lr_decay_iters or end, decay_frac, floor)
             optim.set_lr(optimizers, factor)
@@ -386,11 +417,7 @@ if __name__ == "__main__":
             # What the ranks agree on: is the gradient finite, does a signal or the clock say stop?
             due_eval = val_data and (iter_num % eval_interval == 0 or iter_num >= end)
             due_save = iter_num % (checkpoint_interval or eval_interval) == 0 or iter_num >= end
-            slowest, checked = max(slowest, time.monotonic() - checked), time.monotonic()
-            # Time is left for the next iteration, for a write that may be under way, and for the last one.
-            out_of_time = max_hours and checked - started + slowest + 2 * writer.seconds > 3600 * max_hours
-            stop_here = torch.full((1,), float(stop.received or bool(out_of_time)), device=machine.device)
-            for at, (bad, asked) in flags.push(iter_num, torch.cat([streak, stop_here]), wait=due_eval or due_save):
+            for at, (bad, stopped) in flags.push(iter_num, news(), wait=due_eval or due_save):
                 if bad > skippable:
                     writer.wait()
                     raise ValueError(f"the gradient is not finite at iteration {at:,}, and the weights were left alone; "
@@ -399,12 +426,10 @@ if __name__ == "__main__":
                 if bad:
                     say(f"iter {at:{wide},}/{end:,}  skipped, for the gradient is not finite ({bad:.0f} in a row)")
             writer.wait(block=False)  # raises what went wrong in the thread
-            if asked:
-                reason = f"max_hours={max_hours:g} is over" if asked == 1 else f"stopped by {signal.Signals(int(asked)).name}"
-            elif iter_num >= end:
+            if iter_num >= end:
                 reason = f"max_iters={max_iters:,} is reached" if end == max_iters else f"max_epochs={max_epochs:g} is reached"
 
-            if iter_num % log_interval == 0 or due_eval or reason:
+            if iter_num % log_interval == 0 or due_eval or reason or stopped:
                 nats, count = machine.sum(sum(float(part) for part, _ in parts), count)
                 train_loss = nats / max(1, count)
                 now = clock + time.perf_counter()
@@ -417,31 +442,9 @@ if __name__ == "__main__":
                 log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=train_loss, lr=learning_rate * factor,
                           grad_norm=float(grad_norm), tok_per_s=tok_per_s, mfu=mfu)
 
-            # Outside the training clock: evaluation, a sample, checkpoints.
-            paused = time.perf_counter()
-            if main and iter_num == first_iter + 1:
-                writer.prepare(snapshot())
-            if due_eval and asked <= 1:
-                val = evaluate_split("val")
-                better = val["val_loss"] < best_val_loss
-                best_val_loss = min(best_val_loss, val["val_loss"])
-                evals_without_gain = 0 if better else evals_without_gain + 1
-                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, **val)
-                if val["val_loss"] <= target_loss:
-                    reason = f"target_loss={target_loss:g} is reached"
-                elif patience and evals_without_gain >= patience:
-                    reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
-            if main and sample_interval and iter_num % sample_interval == 0:
-                start = torch.full((1, 1), reader.eot or 0, device=machine.device)  # a new document
-                sample = raw_model.generate(start, max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
-                say(reader.decode(sample[0, 1:].tolist()))
-            better = due_eval and asked <= 1 and better
-            if main and (due_save or reason or better):
-                writer.start(out_dir, snapshot(), keep_checkpoints, better)
-            clock -= time.perf_counter() - paused
-
         writer.wait()
+        if stopped:  # by max_hours, or a signal's number
+            reason = f"stopped by {signal.Signals(int(stopped)).name}" if stopped > 1 else f"max_hours={max_hours:g} is over"
         say(f"{reason}; {tokens:,} tokens, {duration(clock + time.perf_counter())} of training, checkpoint {writer.last}")
         machine.close()
-        if asked > 1:
-            sys.exit(128 + int(asked))
+        sys.exit(128 + int(stopped) if stopped > 1 else 0)
