@@ -278,7 +278,7 @@ class Log:
 def start_wandb(s):
     import wandb
     run = wandb.init(project=s["wandb_project"], name=s["wandb_run_name"] or Path(s["out_dir"]).name, config=s,
-                     dir=s["out_dir"], settings=wandb.Settings(init_timeout=30))
+                     dir=s["out_dir"], settings=wandb.Settings(init_timeout=15))
     return lambda line, step: run.log(line, step=step)
 
 

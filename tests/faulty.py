@@ -4,9 +4,9 @@ nan_gradient=7        the gradient of iteration 7 holds a NaN
 nan_gradient=7,1      ... on rank 1 alone, before the ranks' gradients meet
 slow_step=0.2         an iteration takes as many seconds longer
 slow_write=2          so does a checkpoint
-held_write=5          the first checkpoint's write ends when training is as many iterations further, or after 20 s
-slow_setup=3          so many seconds longer takes the set-up
-slow_eval=0.2         ... and each batch of an evaluation
+slow_setup=3          so does the set-up
+slow_eval=0.2         so does each batch of an evaluation
+held_write=5          the first checkpoint's write goes on until training is as many iterations further, or for 20 s
 no_module=wandb       a package that is not installed
 no_memory=300         so many MB of address space beyond what the set-up takes
 peak_memory           none: prints the largest resident memory in MB at the end

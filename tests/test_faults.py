@@ -498,6 +498,16 @@ def test_19_max_hours_saves_and_exits_within_the_limit(tmp_path, data):
     assert "max_hours" in ok(process).splitlines()[-1] and newest(out) == max(losses(out))
 
 
+@slow
+def test_19_max_hours_does_not_wait_for_a_long_evaluation(tmp_path):
+    """An evaluation of two minutes that begins before the limit of 20 s: it is abandoned, and due at the resume."""
+    data, out = make_data(tmp_path / "data", val_tokens=40_000), tmp_path / "out"
+    began = time.monotonic()
+    said = ok(faulty("slow_eval=0.2", data, out, "--max_hours=20/3600"))
+    assert time.monotonic() - began < 40 and "max_hours" in said.splitlines()[-1]
+    assert newest(out) == max(losses(out)) == 10 and checkpoint.newest_sound(out)[1]["eval_due"]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # numbers
 
@@ -683,9 +693,10 @@ def test_28_without_a_logging_package_it_says_so_and_trains(tmp_path, data, faul
 def test_28_wandb_without_a_key_or_a_network_is_off_and_the_run_goes_on(tmp_path, data, key):
     pytest.importorskip("wandb")
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "MY_TOKEN": SECRET}
-    process = train(tmp_path / "out", data, "--wandb_log", WANDB_API_KEY=key, **environment)
-    said = ok(process)
-    assert "wandb_log is off" in process.stderr and "max_iters=20 is reached" in said and "Traceback" not in process.stderr
+    with started("train.py", *flags(data, tmp_path / "out", "--wandb_log"), cwd=tmp_path, WANDB_API_KEY=key, **environment) as process:
+        assert process.wait(120) == 0
+        said = printed(process)
+    assert 0 < said.find("wandb_log is off") < said.find("iter  1/20") and "max_iters=20 is reached" in said and "Traceback" not in said
     written = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert len(losses(tmp_path / "out")) == 20 and not any(SECRET[:40].encode() in p.read_bytes() for p in written)
 
