@@ -4,10 +4,13 @@
     python bench.py --task=step --n_layer=4 --n_embd=192 a training step, its parts, and the machine's own ceiling
     python bench.py --task=step --vs="--optimizer=adamw" two settings against each other
     python bench.py --task=sample                        generation with and without the KV cache
+    python bench.py --task=time_to_loss --args=config/train_small.py --target_loss=3.5       whole runs of train.py
 """
-task = "step"          # 'step', 'loader' or 'sample'
-vs = ""                # flags of a second contestant for 'step' and 'sample', such as --vs="--mlp=gelu --compile"
-repeats = 7            # rounds; every contestant has its turn in each
+task = "step"          # 'step', 'loader', 'sample' or 'time_to_loss'
+vs = ""                # flags of a second contestant for all but 'loader', such as --vs="--mlp=gelu --compile"
+args = ""              # what 'time_to_loss' gives to train.py; a second contestant gets the flags of vs behind it
+target_loss = 0.0      # of 'time_to_loss', in nats
+repeats = 7            # rounds; every contestant has its turn in each, 'time_to_loss' with another seed each
 seconds = 1.0          # of each turn, at least
 json = False           # print one JSON object instead of the table
 vocab_size = 50257
@@ -23,6 +26,9 @@ pos_emb = "rope"       # or 'learned'
 qk_norm = True
 bias = False
 tie_weights = False
+token_shift = True
+gradient_checkpointing = False
+loss_chunk = 0
 optimizer = "muon"     # or 'adamw'
 new_tokens = 128       # to generate, for 'sample'; the prompt has 16
 device = "auto"
@@ -34,12 +40,15 @@ if __name__ == "__main__":
     settings = configure(globals())
 
 import itertools
+import math
 import shlex
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import fields
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 
 import numpy as np
@@ -90,13 +99,15 @@ def loader_contestants(s):
     contestants = {"get_batch": lambda: split.get_batch(next(ours), B), "loop over rows": loop}
     for _ in range(3):
         assert all(map(torch.equal, *(f() for f in contestants.values()))), "both must deal the same windows"
-    return contestants, B * T
+    return contestants, dict.fromkeys(contestants, B * T)
 
 
 def build(s, machine):
     """The model that settings s describe, with weights that are not zero anywhere."""
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{f.name: s[f.name] for f in fields(GPTConfig) if f.name in s})).to(machine.device)
+    model = GPT(GPTConfig(**{f.name: s[f.name] for f in fields(GPTConfig) if f.name in s})).to(machine.device)
+    model.gradient_checkpointing, model.loss_chunk = s["gradient_checkpointing"], s["loss_chunk"]
+    return model
 
 
 def make_step(s, machine):
@@ -106,14 +117,12 @@ def make_step(s, machine):
     x, y = (torch.randint(s["vocab_size"], (s["batch_size"], s["block_size"]), device=machine.device) for _ in range(2))
     model = machine.try_compile(raw_model, x, y) if machine.compile else raw_model
 
-    def forward():
-        with machine.autocast():
-            return model(x, y)[1]
-
     def forward_backward():
         for p in raw_model.parameters():
             p.grad = None
-        forward().backward()
+        with machine.autocast():
+            loss = model(x, y)[1]
+        loss.backward()
 
     def update():
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
@@ -149,6 +158,35 @@ def matmul_flops(machine, n):
     return lambda: a @ b, 2 * n**3
 
 
+def run_to_loss(flags, loss, seed):
+    """One run of train.py: its first evaluation at or below `loss`, else its last, as metrics.jsonl has it."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, Path(__file__).with_name("train.py"), *shlex.split(flags)]
+        run = subprocess.run([*command, f"--seed={seed}", f"--out_dir={out}", f"--target_loss={loss}"], capture_output=True, text=True)
+        if run.returncode:
+            raise ValueError(f"train.py ended with status {run.returncode}: {run.stderr.strip().splitlines()[-1]}")
+        lines = [loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "val_loss" in line][-1]
+
+
+def time_to_loss(contestants, loss, rounds):
+    """{name: median, lowest and highest seconds of training, and the tokens and losses where each run ended}, in turns.
+
+    A run that did not reach the loss took for ever: its seconds are None.
+    """
+    ends = {name: [] for name in contestants}
+    for seed, (name, flags) in itertools.product(range(1, rounds + 1), contestants.items()):
+        ends[name].append(run_to_loss(flags, loss, seed))
+        print("seed {}  loss {val_loss:.4f}  {tokens:,} tokens  {elapsed_s:.1f} s  {}".format(seed, name, **ends[name][-1]), file=sys.stderr)
+    rows = {}
+    for name, runs in ends.items():
+        took = sorted(run["elapsed_s"] if run["val_loss"] <= loss else math.inf for run in runs)
+        stats = {"median": statistics.median(took), "lowest": took[0], "highest": took[-1]}
+        rows[name] = {k: v if v < math.inf else None for k, v in stats.items()}
+        rows[name] |= {"tokens": [run["tokens"] for run in runs], "losses": [run["val_loss"] for run in runs]}
+    return rows
+
+
 def summary(times, tokens):
     """{name: median, lowest and highest tokens a second, and how often the first contestant's rate is that of this one}."""
     first, rows = next(iter(times)), {}
@@ -161,8 +199,14 @@ def summary(times, tokens):
 
 if __name__ == "__main__":
     with user_errors():
-        if task not in ("step", "loader", "sample"):
-            raise ValueError(f"task={task!r} is not one of step, loader, sample")
+        if task not in ("step", "loader", "sample", "time_to_loss"):
+            raise ValueError(f"task={task!r} is not one of step, loader, sample, time_to_loss")
+        if task == "time_to_loss":
+            rows = time_to_loss({"this": args} | ({vs: f"{args} {vs}"} if vs else {}), target_loss, repeats)
+            print(dumps({"unit": "s", "target_loss": target_loss, "results": rows}) if json else "\n".join(
+                f"{name:24} {r['median'] or math.inf:8.1f} s ({r['lowest'] or math.inf:.1f} to {r['highest'] or math.inf:.1f})  "
+                f"{statistics.median(r['tokens']):12,.0f} tokens  loss {max(r['losses']):.4f} at most" for name, r in rows.items()))
+            sys.exit()
         machine = Machine(device, dtype, compile)
         other = configure(dict(globals()), start_from=settings, argv=shlex.split(vs))
         other_machine = Machine(other["device"], other["dtype"], other["compile"])
@@ -172,8 +216,7 @@ if __name__ == "__main__":
         # The contestants, and how many tokens a call of each is good for.
         parts = {}
         if task == "loader":
-            contestants, per_call = loader_contestants(settings)
-            tokens = dict.fromkeys(contestants, per_call)
+            contestants, tokens = loader_contestants(settings)
         elif task == "sample":
             contestants = {"cached": make_sampler(settings, machine)}
             name = vs or "uncached"

@@ -130,8 +130,8 @@ class Writer:
     def prepare(self, state):
         """Make room for the copies in the thread: memory that is fresh takes longer than the copy itself."""
         self.job = self.job or self.pool.submit(self.copy, state, {})
-        tensors = [t for part in (state["model"], *state["optimizer"].values()) for t in part.values()]
-        self.seconds = max(self.seconds, sum(t.nbytes for t in tensors) / 100e6)  # nothing is measured yet: say 100 MB/s
+        bytes = 3 * sum(weight.nbytes for weight in state["model"].values())  # AdamW's state is as large as two models
+        self.seconds = self.seconds or bytes / 100e6  # not measured yet: say 100 MB/s
 
     def start(self, out_dir, state, keep, best):
         """Save a copy of `state` as it is now."""
@@ -187,13 +187,11 @@ def load_model(path_or_out_dir, device="cpu"):
     Raises ValueError or FileNotFoundError that names what is missing or broken.
     """
     path = Path(path_or_out_dir)
-    if path.is_dir():
-        best = path / "best.pt"
-        state = read(best) if best.exists() else (newest_sound(path) or (None, None))[1]
-        if state is None:
-            raise FileNotFoundError(f"there is no checkpoint in {path}; train one, or name another --out_dir")
-    else:
-        state = read(path)
+    if (path / "best.pt").exists():
+        path = path / "best.pt"
+    _, state = (newest_sound(path) or (None, None)) if path.is_dir() else (path, read(path))
+    if state is None:
+        raise FileNotFoundError(f"there is no checkpoint in {path}; train one, or name another --out_dir")
     model = GPT(GPTConfig(**state["model_args"]))
     model.load_state_dict(state["model"])
     return model.to(device).eval(), state

@@ -139,17 +139,17 @@ class Machine:
 
 
 class LateFlags:
-    """Small tensors of flags, combined over the ranks (the maximum) and read by the host without a wait.
+    """Two numbers, combined over the ranks (the maximum) and read by the host without a wait.
 
     On CUDA a flag is read one `push` late, when its iteration is long done; elsewhere at once.
     """
-
     def __init__(self, machine):
         self.machine, self.pending = machine, []
 
-    def push(self, iter_num, flags, wait=False):
-        """Add an iteration's flags (n,) float32 on the device; return those that can be read, with `wait` all of
-        them, as a list of (iteration, n numbers)."""
+    def push(self, iter_num, streak, asked, wait):
+        """Add an iteration's `streak`, (1,) float32 on the device, and what this rank is `asked` to stop for; return what
+        can be read, with `wait` everything, as a list of (iteration, (streak, asked))."""
+        flags = torch.cat([streak, streak.new_full((1,), asked)])
         if self.machine.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         if self.machine.type != "cuda":
@@ -167,16 +167,14 @@ class LateFlags:
 
 class StopSignals:
     """SIGTERM, Ctrl-C and max_hours as a number to look at between iterations; a second Ctrl-C ends the process at once."""
-
-    def __init__(self, started, max_hours):
-        self.received, self.when, self.looked, self.slowest = 0, 0.0, time.monotonic(), 0.0
+    def __init__(self, started, max_hours, writer):
+        self.received, self.when, self.looked, self.slowest, self.writer = 0, 0.0, time.monotonic(), 0.0, writer
         self.ends = started + 3600 * max_hours if max_hours else float("inf")  # on the clock of time.monotonic
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        # torchrun passes a Ctrl-C on, to ranks that may have had it already (within a second it is the same one), and
-        # a second Ctrl-C as SIGTERM.
+        # torchrun passes a Ctrl-C on to ranks that may have had it (within a second it is the same), a second as SIGTERM.
         torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         again = number == signal.SIGINT or torchrun and self.received == signal.SIGINT
         if self.received and again and not (torchrun and time.monotonic() - self.when < 1):
@@ -185,19 +183,18 @@ class StopSignals:
         if not self.received:
             self.received, self.when = int(number), time.monotonic()
 
-    def look(self, reserve_s):
-        """The signal that came; 1 when max_hours leaves no time for the slowest wait between looks and reserve_s; or 0."""
+    def look(self):
+        """The signal that came; 1 without time for the slowest wait between looks, a write under way and the last; or 0."""
         self.slowest, self.looked = max(self.slowest, time.monotonic() - self.looked), time.monotonic()
-        return self.received or int(self.looked + self.slowest + reserve_s > self.ends)
+        return self.received or int(self.looked + self.slowest + 2 * self.writer.seconds > self.ends)
 
 
 def keep_freed_memory():
     """Make glibc keep freed memory for the next step, instead of fetching each large tensor page by page from the
     kernel: a fifth of the demo's time on a CPU. Other C libraries are left as they are."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
+    if platform.libc_ver()[0] != "glibc":
         return
+    libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(-4, 0)          # M_MMAP_MAX: no mapping of its own for a large tensor
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
@@ -211,8 +208,10 @@ def explained(settings):
         s, text = settings, str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:  # torch's CPU allocator
             parts = next((k for k in range(2, s["batch_size"] + 1) if s["batch_size"] % k == 0), 0)
-            same = (f"the same run in less: --batch_size={s['batch_size'] // parts} --gradient_accumulation_steps="
-                    f"{s['gradient_accumulation_steps'] * parts}; a smaller run: " if parts else "")
+            same = [f"--batch_size={s['batch_size'] // parts} --gradient_accumulation_steps="
+                    f"{s['gradient_accumulation_steps'] * parts}"] if parts else []
+            same += ["--gradient_checkpointing"] if not s["gradient_checkpointing"] else []
+            same = f"the same run in less: {', then '.join(same)}; a smaller run: " if same else ""
             raise ValueError(f"out of memory with batch_size={s['batch_size']} ({first_line(error)}); {same}a block_size below "
                              f"{s['block_size']}, an n_layer below {s['n_layer']}") from None
         if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistError)):
@@ -229,8 +228,8 @@ def lock(out_dir):
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     file = open(out_dir / ".lock", "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process, kill -9 or not
+    try:  # the kernel drops such a lock with the process, so a kill -9 leaves nothing behind
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise ValueError(f"{out_dir} is in use by another run ({file.read().strip()}); name another --out_dir") from None

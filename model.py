@@ -3,7 +3,7 @@
     GPT-2   pos_emb='learned' norm='layernorm' mlp='gelu'   qk_norm=False tie_weights=True bias=True
     Llama   pos_emb='rope'    norm='rmsnorm'   mlp='swiglu' qk_norm=False n_kv_head < n_head
     Qwen3   the same with qk_norm=True
-    ours    pos_emb='rope'    norm='rmsnorm'   mlp='relu2'  qk_norm=True, nothing tied, no biases
+    ours    pos_emb='rope'    norm='rmsnorm'   mlp='relu2'  qk_norm=True, token_shift=True, no bias, nothing tied
 
 Letters in the shapes: B batch, T time (tokens), C = n_embd, nh heads, hs head size, V vocabulary.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -35,6 +36,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     qk_norm: bool = True           # RMSNorm on each head's queries and keys: attention logits cannot blow up
     tie_weights: bool = False      # the head is the embedding's own matrix
+    token_shift: bool = True       # add the token before, by a learnt share of each channel, to each token's embedding
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -110,6 +112,7 @@ class KVCache:
         self.capacity = capacity  # in tokens
         self.length = 0           # tokens seen; GPT.forward moves it on when all layers have written
         self.layers = {}          # layer -> (2, B, n_kv_head, capacity, hs), made when its first keys come
+        self.embedding = None     # (B, 1, C) of the last token seen, for the token shift
 
     def append(self, layer, k, v):
         """Store k and v (B, n_kv_head, T, hs) of new positions; return those of all positions so far."""
@@ -189,6 +192,10 @@ class GPT(nn.Module):
         self.config = config
         rows = 64 * math.ceil(config.vocab_size / 64)  # 50257 -> 50304: a head whose width the matrix units like
         self.wte = nn.Embedding(rows, config.n_embd)
+        self.gradient_checkpointing = False  # keep only the blocks' inputs for the backward pass, and compute the rest anew
+        self.loss_chunk = 0                  # positions whose logits are in memory at once, and computed anew; 0: all
+        if config.token_shift:
+            self.shift = nn.Parameter(torch.empty(config.n_embd))
         if config.pos_emb == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         else:
@@ -211,6 +218,8 @@ class GPT(nn.Module):
         there everything starts as in GPT-2, at 0.02, the projections smaller by the root of their number.
         """
         tied = self.config.tie_weights
+        if self.config.token_shift:
+            nn.init.zeros_(self.shift)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = 0.02 if tied else (3 * module.in_features) ** -0.5
@@ -253,7 +262,8 @@ class GPT(nn.Module):
 
         logits: (B, T, vocab_size), with a `cache` only the last position's, (B, 1, vocab_size).
         loss: cross-entropy in nats over targets (B, T) int64 that are not -100, their mean or (reduction='sum')
-        their sum; None without targets. Raises ValueError past block_size.
+        their sum; None without targets. With `loss_chunk` and targets there are no logits, but None.
+        Raises ValueError past block_size.
         """
         B, T = idx.shape
         past = cache.length if cache is not None else 0
@@ -261,6 +271,11 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens do not fit block_size={self.config.block_size}")
         assert T == 1 or past == 0, "a cache takes the whole prompt first, then one token at a time"
         x = self.wte(idx)  # (B, T, C)
+        if self.config.token_shift:
+            before = F.pad(x, (0, 0, 1, -1)) if past == 0 else cache.embedding  # (B, T, C), zero before the first token
+            if cache is not None:
+                cache.embedding = x[:, -1:]
+            x = x + self.shift * before
         rope = None
         if self.config.pos_emb == "learned":
             x = x + self.wpe.weight[past:past + T]
@@ -268,14 +283,29 @@ class GPT(nn.Module):
             rope = self.rope[:, past:past + T]
         x = self.drop(x)
         for block in self.blocks:
-            x = block(x, rope, cache)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache)
         if cache is not None:
             cache.length += T
             x = x[:, -1:]
-        logits = self.lm_head(self.norm(x))[..., :self.config.vocab_size]  # (B, T, V), the padding cropped
+        x = self.norm(x)
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction=reduction)
+            return self.logits(x), None
+        score = lambda logits, targets: F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
+        if not self.loss_chunk:
+            logits = self.logits(x)
+            nats = score(logits, targets)
+        else:
+            pieces = zip(*(z.flatten(0, 1).split(self.loss_chunk) for z in (x, targets)))
+            score_piece = lambda x, targets: score(self.logits(x), targets)
+            logits, nats = None, sum(checkpoint(score_piece, *piece, use_reentrant=False) for piece in pieces)
+        return logits, nats if reduction == "sum" else nats / (targets != -100).sum()
+
+    def logits(self, x):
+        """(..., C) -> (..., vocab_size), the padding cropped."""
+        return self.lm_head(x)[..., :self.config.vocab_size]
 
     def generate(self, idx, max_new_tokens, **sampling):
         """Return idx (B, T) int64 with up to max_new_tokens sampled tokens behind it, (B, T + n) int64.

@@ -13,7 +13,6 @@ SCHEDULES = {  # share of the way from the peak to the floor, by the share of th
 
 def lr_factor(iteration, schedule, warmup_iters, decay_end, decay_frac, floor):
     """The rate of `iteration` (from 0) as a multiple of the peak.
-
     It rises linearly over warmup_iters and comes down to `floor` at decay_end: 'cosine' from the end of the
     warm-up on, 'linear' and 'wsd' over the last decay_frac of the run.
     """
@@ -55,7 +54,6 @@ class Muon(torch.optim.Optimizer):
     parameters that hold several matrices on top of each other, {name: [rows of each]}. Pieces of equal shape, from
     whichever layer, are orthogonalised in one batch. State: `momentum_buffer`, of the parameter's shape.
     """
-
     def __init__(self, group, rows, momentum=0.95):
         super().__init__([group], dict(lr=0.02, weight_decay=0.0))
         self.rows, self.momentum = rows, momentum

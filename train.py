@@ -31,6 +31,7 @@ pos_emb = "rope"            # or 'learned'
 rope_theta = 10000.0        # the slowest RoPE wave turns once in 2 pi rope_theta tokens
 qk_norm = True              # normalise queries and keys
 tie_weights = False         # share the embedding's matrix with the head
+token_shift = True          # add the token before, by a learnt share of each channel, to each token's embedding
 # the optimizer
 optimizer = "muon"          # Muon for the blocks' matrices, AdamW for the rest; or 'adamw' for all
 learning_rate = 6e-4        # AdamW's peak
@@ -68,6 +69,8 @@ tensorboard_log = False     # log for TensorBoard too, in out_dir
 device = "auto"             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto takes the best there is
 dtype = "auto"              # 'float32', 'bfloat16', 'float16' (with a loss scaler); auto takes the fastest safe one
 compile = "auto"            # torch.compile; auto: on CUDA only
+gradient_checkpointing = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
+loss_chunk = 0              # positions whose logits are in memory at once, and computed again for the backward pass; 0: all
 backend = "auto"            # torch.distributed's: 'nccl' on CUDA, else 'gloo'
 timeout_s = 600             # seconds without an answer from another rank that end the run
 deterministic = False       # repeatable kernels on CUDA, where torch has them; a CPU's are in any case
@@ -81,7 +84,7 @@ if __name__ == "__main__":  # here, before the seconds that torch takes to impor
     logging.getLogger("bareGPT").disabled = os.environ.get("RANK", "0") != "0"  # one rank's warnings are enough
 
 import math, mmap, sys, time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -188,12 +191,12 @@ def check_settings(s):
               "at least 2, for the newest may turn out damaged": (2, "keep_checkpoints"),
               "0 or more": (0, "learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters max_epochs max_hours "
                                "patience target_loss skip_nonfinite eval_iters checkpoint_interval sample_interval beta1 beta2 "
-                               "decay_frac muon_lr")}
+                               "decay_frac muon_lr loss_chunk")}
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
     wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
-    wrong += [f"{k}={s[k]!r} is not one of {', '.join(known)}" for k, known in
-              {"optimizer": ("muon", "adamw"), "lr_schedule": optim.SCHEDULES}.items() if s[k] not in known]
+    wrong += [f"{k}={s[k]!r} is not one of {', '.join(choices)}" for k, choices in
+              (("optimizer", ("muon", "adamw")), ("lr_schedule", optim.SCHEDULES)) if s[k] not in choices]
     if s["min_lr"] > s["learning_rate"] or not s["learning_rate"]:
         wrong.append(f"learning_rate={s['learning_rate']} must be above 0, and not below min_lr={s['min_lr']}")
     if wrong:
@@ -238,12 +241,10 @@ if __name__ == "__main__":
             raise ValueError(f"patience and target_loss go by the validation loss, and {folder} has no val.bin")
 
         # The model and its optimizer.
-        model_args = dict(state["model_args"]) if origin else {}
-        model_args |= {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
-        config = GPTConfig(**model_args | {"vocab_size": meta["vocab_size"]})
+        model_args = {k: v for k, v in settings.items() if k in GPTConfig.__dataclass_fields__}
+        config = GPTConfig(**(state["model_args"] if origin else {}) | model_args | {"vocab_size": meta["vocab_size"]})
         if origin:
-            differ = GPTConfig(**state["model_args"]).differences(config)
-            if differ:
+            if differ := GPTConfig(**state["model_args"]).differences(config):
                 raise ValueError(f"{path} has another architecture: {differ}; drop the flag, or start from scratch")
             if state["tokenizer"] != tokenizer:
                 raise ValueError(f"{path} was trained with another tokenizer than {folder} has; prepare the data with that one")
@@ -252,6 +253,7 @@ if __name__ == "__main__":
         check_causality(config)
         torch.manual_seed(seed)
         raw_model = GPT(config)
+        raw_model.gradient_checkpointing, raw_model.loss_chunk = gradient_checkpointing, loss_chunk
         if origin:
             raw_model.load_state_dict(state["model"])
         raw_model.to(machine.device)
@@ -358,12 +360,10 @@ if __name__ == "__main__":
                     "elapsed_s": clock + paused, "best_val_loss": best_val_loss, "evals_without_gain": evals_without_gain,
                     "eval_due": bool(due_eval), "config": settings, "tokenizer": tokenizer, "dataset_fingerprint": data_id}
 
-        stop, flags = StopSignals(started, max_hours), LateFlags(machine)
         writer = checkpoint.Writer(path if resuming else None)
+        stop, flags = StopSignals(started, max_hours, writer), LateFlags(machine)
         streak = torch.zeros(1, device=machine.device)  # iterations in a row with a gradient that is not finite
         skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # at each of them a scaler halves its scale, from 2^16 at first
-        asked = lambda: stop.look(2 * writer.seconds)  # leaves time for a write that may be under way, and for the last one
-        news = lambda: torch.cat([streak, streak.new_full((1,), asked())])
         first_iter, floor, last = iter_num, min_lr / learning_rate, (iter_num, elapsed_s)  # last: when the log last spoke
         reason = f"{end:,} iterations are done already; a higher --max_iters goes on" if iter_num >= end else ""
         while True:
@@ -371,7 +371,7 @@ if __name__ == "__main__":
             paused, better = time.perf_counter(), False
             if main and iter_num == first_iter + 1:
                 writer.prepare(snapshot())
-            val = evaluate_split("val", asked=asked) if due_eval and not stopped else None
+            val = evaluate_split("val", asked=stop.look) if due_eval and not stopped else None
             if val:
                 due_eval, better = False, val["val_loss"] < best_val_loss
                 best_val_loss = min(best_val_loss, val["val_loss"])
@@ -382,8 +382,8 @@ if __name__ == "__main__":
                 elif patience and evals_without_gain >= patience:
                     reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
             elif due_eval:  # it stays due, and the resume begins with it
-                (_, (_, stopped)), = flags.push(iter_num, news(), wait=True)
-            if main and sample_interval and iter_num % sample_interval == 0 and iter_num > first_iter:
+                (_, (_, stopped)), = flags.push(iter_num, streak, stop.look(), wait=True)
+            if main and sample_interval and iter_num % sample_interval == 0 and iter_num > first_iter and not stopped:
                 start = torch.full((1, 1), reader.eot or 0, device=machine.device)  # a new document
                 sample = raw_model.generate(start, max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
                 say(reader.decode(sample[0, 1:].tolist()))
@@ -417,7 +417,7 @@ if __name__ == "__main__":
             # What the ranks agree on: is the gradient finite, does a signal or the clock say stop?
             due_eval = val_data and (iter_num % eval_interval == 0 or iter_num >= end)
             due_save = iter_num % (checkpoint_interval or eval_interval) == 0 or iter_num >= end
-            for at, (bad, stopped) in flags.push(iter_num, news(), wait=due_eval or due_save):
+            for at, (bad, stopped) in flags.push(iter_num, streak, stop.look(), wait=due_eval or due_save):
                 if bad > skippable:
                     writer.wait()
                     raise ValueError(f"the gradient is not finite at iteration {at:,}, and the weights were left alone; "

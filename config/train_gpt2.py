@@ -12,6 +12,7 @@ mlp = "gelu"
 bias = True
 qk_norm = False
 tie_weights = True
+token_shift = False
 # 40 micro-batches * 12 rows * 1,024 tokens = 491,520 tokens per iteration, on 1 GPU or on 8
 block_size = 1024
 batch_size = 12

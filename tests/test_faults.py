@@ -707,7 +707,7 @@ def test_28_wandb_without_a_key_or_a_network_is_off_and_the_run_goes_on(tmp_path
 
 def test_out_of_memory_names_what_helps_in_order(tmp_path, data):
     process = faulty("no_memory=100", data, tmp_path / "out", "--batch_size=4096")
-    last_line(process, "out of memory with batch_size=4096", "--batch_size=2048 --gradient_accumulation_steps=4", "block_size below 16", "n_layer below 2")
+    last_line(process, "out of memory with batch_size=4096", "--batch_size=2048 --gradient_accumulation_steps=4, then --gradient_checkpointing", "block_size below 16", "n_layer below 2")
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data):
@@ -723,10 +723,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data):
 def test_before_a_write_was_measured_its_time_is_estimated_from_its_size():
     """max_hours leaves room for the last write, which may be the first."""
     writer = checkpoint.Writer()
-    state = {"model": {"w": torch.zeros(10**6)}, "optimizer": {"w": {"m": torch.zeros(10**6), "step": torch.zeros(())}}, "iter_num": 1}
-    writer.prepare(state)
+    writer.prepare({"model": {"w": torch.zeros(10**6)}, "optimizer": {}})
     writer.wait()
-    assert writer.seconds == pytest.approx(0.08, rel=1e-3)  # 8 MB at 100 MB/s
+    assert writer.seconds == pytest.approx(0.12)  # 4 MB, and twice as much for AdamW, at 100 MB/s
 
 
 def test_an_earlier_run_is_set_aside_behind_all_others(tmp_path):

@@ -10,9 +10,9 @@ from model import GPT, GPTConfig, check_causality, rotate, rope_table, sample
 
 SHAPES = {
     "ours": {},
-    "gpt2": dict(pos_emb="learned", norm="layernorm", mlp="gelu", qk_norm=False, tie_weights=True, bias=True),
-    "llama": dict(mlp="swiglu", qk_norm=False, n_kv_head=2),
-    "qwen3": dict(mlp="swiglu", n_kv_head=1, head_dim=16),
+    "gpt2": dict(pos_emb="learned", norm="layernorm", mlp="gelu", qk_norm=False, tie_weights=True, bias=True, token_shift=False),
+    "llama": dict(mlp="swiglu", qk_norm=False, n_kv_head=2, token_shift=False),
+    "qwen3": dict(mlp="swiglu", n_kv_head=1, head_dim=16, token_shift=False),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
@@ -102,6 +102,50 @@ def test_rope_turns_by_position_and_scores_depend_on_distance_alone():
     assert torch.equal(at(q, 0), q)
     pair = at(torch.eye(16)[0], 5)  # channel 0, paired with 8, turns one radian a position
     assert torch.allclose(pair[[0, 8]], torch.tensor([math.cos(5), math.sin(5)]), atol=1e-6)
+
+
+def test_the_token_shift_adds_a_share_of_the_embedding_before():
+    """As in a model without it whose table of embeddings holds the sums."""
+    model, (x, _) = randomised("ours"), batch(B=1)
+    plain = make("ours", vocab_size=32, token_shift=False).eval()
+    weights = {k: v for k, v in model.state_dict().items() if k not in ("shift", "lm_head.weight")}
+    e = model.wte.weight[x[0]]
+    weights["wte.weight"] = torch.cat([e[:1], e[1:] + model.shift * e[:-1]]).repeat(2, 1)
+    plain.load_state_dict(weights, strict=False)
+    plain.lm_head = model.lm_head
+    assert torch.allclose(plain(torch.arange(32)[None])[0], model(x)[0][..., :32], atol=1e-5)
+
+
+@every_shape
+def test_gradient_checkpointing_changes_memory_and_nothing_else(shape):
+    """Equal gradients, dropout included, from a fifth of what the backward pass keeps."""
+    def gradients(on):
+        model, held = randomised(shape, n_layer=8, dropout=0.1).train(), []
+        model.gradient_checkpointing = on
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
+            loss = model(*batch())[1]
+        loss.backward()
+        return [p.grad for p in model.parameters()], sum(held)
+    (plain, kept), (again, less) = gradients(False), gradients(True)
+    assert all(map(torch.equal, plain, again)) and less < kept / 5
+
+
+@every_shape
+def test_a_chunked_loss_has_the_same_gradients_and_never_holds_all_logits(shape):
+    (x, y), results, largest = batch(), [], []
+    y[:, ::3] = -100
+    for chunk in (0, 24):  # 128 positions: the last piece is shorter
+        model = randomised(shape).train()
+        model.loss_chunk, held = chunk, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.shape) or t, lambda t: t):
+            logits, loss = model(x, y)
+        assert (logits is None) == bool(chunk)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+        largest.append(max(math.prod(s) for s in held if s[-1:] == (100,)) if not chunk else sum(s[-1:] == (100,) for s in held))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results))
+    assert largest == [128 * 100, 0]  # what the backward pass keeps of the logits
 
 
 @every_shape

@@ -65,6 +65,14 @@ def test_stdlib_needs_nothing_and_keeps_families_together(tmp_path):
     assert (Path(os.__file__).parent / "encodings" / "cp1252.py").read_text() not in side
 
 
+def test_stdlib_by_characters_is_the_same_text(tmp_path):
+    prepare("stdlib", f"--out={tmp_path}", "--tokenizer=char")
+    ids, tokenizer, meta = read(tmp_path, "val")
+    text = tokenizer.decode(ids.tolist())
+    assert len(text) == len(ids) and len(text.encode()) == meta["bytes"]["val"] and "def " in text
+    assert "tokenizer='chars'" in prepare("stdlib", "--tokenizer=chars", ok=False)
+
+
 def test_stdlib_twice_gives_the_same_bytes(tmp_path):
     for run in "ab":
         prepare("stdlib", f"--out={tmp_path / run}", "--vocab_size=300", python=["-O"] if run == "b" else [])

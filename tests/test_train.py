@@ -210,6 +210,12 @@ def test_bad_requests_end_in_one_line(trained, tmp_path, flags, words):
     refused(sample(trained[0], *flags, cwd=tmp_path), *words)
 
 
+def test_switches_that_save_memory_leave_the_run_as_it_is(tmp_path, data):
+    for name, flags in {"plain": [], "saving": ["--gradient_checkpointing", "--loss_chunk=24"]}.items():
+        ok(train(tmp_path / name, data, "--dropout=0.1", *flags))
+    assert losses(tmp_path / "saving") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
 def test_the_writer_keeps_to_one_thread_and_leaves_the_loop_its_own():
     """A second OpenMP team puts the loop's threads to sleep between any two operations: 1.65 times the time of a step."""
     before = torch.get_num_threads()

@@ -14,7 +14,8 @@ from configurator import configure, user_errors
 from data.tokenizer import Tokenizer, train_bpe
 from data.writer import split_by_hash, write_documents
 
-vocab_size = 4096  # tokens of the tokenizer to be trained, 256 bytes and end-of-text included
+tokenizer = "bpe"  # trained on the train split; or char
+vocab_size = 4096  # of the bpe, 256 bytes and end-of-text included
 val_fraction = 0.07  # share of the modules and packages that goes to val
 test_fraction = 0.07  # and to test
 out = ""  # folder to write to; empty means beside this file
@@ -56,6 +57,8 @@ if __name__ == "__main__":
         folder = Path(sysconfig.get_path("stdlib"))
         documents, skipped = library_documents(folder, val_fraction, test_fraction)
         print(f"{folder}: {len(documents):,} files, {skipped} skipped (not UTF-8)")
-        train = [text for split, text in documents if split == "train"]
-        vocab, merges = train_bpe(train, vocab_size)
-        write_documents(out or Path(__file__).parent, documents, Tokenizer.from_bpe(vocab, merges), limit=len(documents))
+        if tokenizer not in ("bpe", "char"):
+            raise ValueError(f"tokenizer={tokenizer!r} is neither 'bpe' nor 'char'")
+        trained = (Tokenizer.from_text_chars("".join(text for _, text in documents)) if tokenizer == "char" else
+                   Tokenizer.from_bpe(*train_bpe([text for split, text in documents if split == "train"], vocab_size)))
+        write_documents(out or Path(__file__).parent, documents, trained, limit=len(documents))
