@@ -115,7 +115,7 @@ def make_step(s, machine):
     raw_model = build(s, machine)
     optimizers = optim.configure_optimizers(raw_model, s["optimizer"], learning_rate=1e-4)
     x, y = (torch.randint(s["vocab_size"], (s["batch_size"], s["block_size"]), device=machine.device) for _ in range(2))
-    model = machine.try_compile(raw_model, x, y) if machine.compile else raw_model
+    model = machine.try_compile(raw_model, x, y)
 
     def forward_backward():
         for p in raw_model.parameters():

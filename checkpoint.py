@@ -5,11 +5,11 @@ best.pt is the one with the lowest validation loss.
 """
 import json
 import os
-import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from logging import getLogger
 from pathlib import Path
 
 import torch
@@ -44,12 +44,11 @@ def write(state, path):
 
 
 def rename(temporary, path):
-    """Rename so that it survives a power cut, too, where folders can be synced (not on Windows)."""
+    """Rename so that it survives a power cut, too."""
     os.replace(temporary, path)
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        os.fsync(folder)
-        os.close(folder)
+    folder = os.open(path.parent, os.O_DIRECTORY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def read(path):
@@ -92,7 +91,7 @@ def newest_sound(out_dir):
         try:
             return path, read(path)
         except ValueError as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr)
+            getLogger("bareGPT").warning(f"warning: {error}; trying the one before")
     if steps(out_dir):
         raise ValueError(f"no checkpoint in {out_dir} is sound; --init_from={out_dir}/best.pt starts from the best weights, "
                          "another --out_dir from scratch")
@@ -122,7 +121,7 @@ class Writer:
     What goes wrong in the thread is raised by the next `wait` or `start`. A process that ends waits for its thread.
     """
     def __init__(self, last=None, main=True):  # main: of several ranks the one that writes
-        self.last, self.seconds = last, 0.0  # the newest checkpoint that is on disk; how long the slowest took
+        self.last, self.seconds = last, 0.0  # the newest checkpoint that is on disk; how long the slowest took, or may take
         # One thread, also within torch: with a second team on the same cores, OpenMP's threads sleep between any
         # two operations of the training loop, which on a CPU took two fifths of the time.
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
@@ -130,7 +129,9 @@ class Writer:
 
     def prepare(self, state):
         """Make room for the copies in the thread: memory that is fresh takes longer than the copy itself."""
-        self.job = self.pool.submit(self.copy, state, {})
+        self.job = self.job or self.pool.submit(self.copy, state, {})
+        bytes = 3 * sum(weight.nbytes for weight in state["model"].values())  # AdamW's state is as large as two models
+        self.seconds = self.seconds or bytes / 100e6  # not measured yet: say 100 MB/s
 
     def start(self, out_dir, state, keep, best):
         """Save a copy of `state` as it is now; under FSDP all ranks must call it, for each has other rows."""
@@ -174,7 +175,8 @@ def set_aside(out_dir):
     files = [p for p in (*steps(out_dir), *(out_dir / n for n in ("best.pt", "config.json", "metrics.jsonl"))) if p.exists()]
     if not files:
         return
-    folder = out_dir / f"before_{1 + len(list(out_dir.glob('before_*')))}"
+    taken = [int(p.name[7:]) for p in out_dir.glob("before_*") if p.name[7:].isdecimal()]
+    folder = out_dir / f"before_{max(taken, default=0) + 1}"
     folder.mkdir()
     for path in files:
         path.rename(folder / path.name)
@@ -187,13 +189,11 @@ def load_model(path_or_out_dir, device="cpu"):
     Raises ValueError or FileNotFoundError that names what is missing or broken.
     """
     path = Path(path_or_out_dir)
-    if path.is_dir():
-        best = path / "best.pt"
-        state = read(best) if best.exists() else (newest_sound(path) or (None, None))[1]
-        if state is None:
-            raise FileNotFoundError(f"there is no checkpoint in {path}; train one, or name another --out_dir")
-    else:
-        state = read(path)
+    if (path / "best.pt").exists():
+        path = path / "best.pt"
+    _, state = (newest_sound(path) or (None, None)) if path.is_dir() else (path, read(path))
+    if state is None:
+        raise FileNotFoundError(f"there is no checkpoint in {path}; train one, or name another --out_dir")
     model = GPT(GPTConfig(**state["model_args"]))
     model.load_state_dict(state["model"])
     return model.to(device).eval(), state

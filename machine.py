@@ -8,11 +8,11 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from logging import getLogger
 from pathlib import Path
 
 import torch
@@ -93,7 +93,7 @@ class Machine:
         if self.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-        return used / (2**30 if sys.platform == "darwin" else 2**20)
+        return used / (2**30 if platform.system() == "Darwin" else 2**20)
 
     def peak_flops(self):
         """Operations a second by the data sheet, of all ranks together; None for a device that is not in the table."""
@@ -135,7 +135,9 @@ class Machine:
             getattr(torch, self.type).synchronize()
 
     def try_compile(self, model, x, y):
-        """torch.compile's version of the model if a training step through it works here, else the model, with a warning."""
+        """torch.compile's version of the model if that is wanted and a training step through it works, else the model."""
+        if not self.compile:
+            return model
         try:
             compiled = model if self.fsdp else torch.compile(model)
             for block in model.blocks if self.fsdp else ():  # between two of them FSDP gathers and drops parameters
@@ -144,7 +146,7 @@ class Machine:
                 compiled(x, y, reduction="sum")[1].backward()
             return compiled
         except Exception as error:  # compilers fail in many ways, and none of them is a reason not to train
-            print(f"warning: torch.compile failed ({first_line(error)}); going on without it", file=sys.stderr)
+            getLogger("bareGPT").warning(f"warning: torch.compile failed ({first_line(error)}); going on without it")
             return model
         finally:
             model.zero_grad()
@@ -166,17 +168,17 @@ class Machine:
 
 
 class LateFlags:
-    """Small tensors of flags, combined over the ranks (the maximum) and read by the host without a wait.
+    """Two numbers, combined over the ranks (the maximum) and read by the host without a wait.
 
     On CUDA a flag is read one `push` late, when its iteration is long done; elsewhere at once.
     """
-
     def __init__(self, machine):
         self.machine, self.pending = machine, []
 
-    def push(self, iter_num, flags, wait=False):
-        """Add an iteration's flags (n,) float32 on the device; return those that can be read, with `wait` all of
-        them, as a list of (iteration, n numbers)."""
+    def push(self, iter_num, streak, asked, wait):
+        """Add an iteration's `streak`, (1,) float32 on the device, and what this rank is `asked` to stop for; return what
+        can be read, with `wait` everything, as a list of (iteration, (streak, asked))."""
+        flags = torch.cat([streak, streak.new_full((1,), asked)])
         if self.machine.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         if self.machine.type != "cuda":
@@ -193,30 +195,35 @@ class LateFlags:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C as a number to look at between iterations; a second Ctrl-C ends the process at once."""
-
-    def __init__(self):
-        self.received, self.when = 0, 0.0
+    """SIGTERM, Ctrl-C and max_hours as a number to look at between iterations; a second Ctrl-C ends the process at once."""
+    def __init__(self, started, max_hours, writer):
+        self.received, self.when, self.looked, self.slowest, self.writer = 0, 0.0, time.monotonic(), 0.0, writer
+        self.ends = started + 3600 * max_hours if max_hours else float("inf")  # on the clock of time.monotonic
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        # torchrun passes on the Ctrl-C that the terminal has already sent: within a second it is the same one.
-        same = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.when < 1
-        if self.received and number == signal.SIGINT and not same:
+        # torchrun passes a Ctrl-C on to ranks that may have had it (within a second it is the same), a second as SIGTERM.
+        torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        again = number == signal.SIGINT or torchrun and self.received == signal.SIGINT
+        if self.received and again and not (torchrun and time.monotonic() - self.when < 1):
             os.write(2, b"\nended at once by a second Ctrl-C; --init_from=resume goes on from the newest whole checkpoint\n")
             os._exit(128 + number)
         if not self.received:
             self.received, self.when = int(number), time.monotonic()
 
+    def look(self):
+        """The signal that came; 1 without time for the slowest wait between looks, a write under way and the last; or 0."""
+        self.slowest, self.looked = max(self.slowest, time.monotonic() - self.looked), time.monotonic()
+        return self.received or int(self.looked + self.slowest + 2 * self.writer.seconds > self.ends)
+
 
 def keep_freed_memory():
     """Make glibc keep freed memory for the next step, instead of fetching each large tensor page by page from the
     kernel: a fifth of the demo's time on a CPU. Other C libraries are left as they are."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
+    if platform.libc_ver()[0] != "glibc":
         return
+    libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(-4, 0)          # M_MMAP_MAX: no mapping of its own for a large tensor
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
@@ -277,7 +284,7 @@ class Log:
                 if settings[wanted]:
                     self.others.append(start(settings))
             except Exception as error:  # not installed, no key, no network: each has an exception of its own
-                print(f"warning: {wanted} is off: {first_line(error)}", file=sys.stderr)
+                getLogger("bareGPT").warning(f"warning: {wanted} is off: {first_line(error)}")
 
     def write(self, **line):
         """Append one JSON object; numbers that are not finite have no place in JSON and become null."""
@@ -292,14 +299,14 @@ class Log:
             try:
                 other({k: v for k, v in line.items() if v is not None}, line["iter"])
             except Exception as error:
-                print(f"warning: a log failed and is off from here on: {first_line(error)}", file=sys.stderr)
+                getLogger("bareGPT").warning(f"warning: a log failed and is off from here on: {first_line(error)}")
                 self.others.remove(other)
 
 
 def start_wandb(s):
     import wandb
     run = wandb.init(project=s["wandb_project"], name=s["wandb_run_name"] or Path(s["out_dir"]).name, config=s,
-                     dir=s["out_dir"], settings=wandb.Settings(init_timeout=30))
+                     dir=s["out_dir"], settings=wandb.Settings(init_timeout=15))
     return lambda line, step: run.log(line, step=step)
 
 

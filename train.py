@@ -36,6 +36,7 @@ token_shift = True          # add the token before, by a learnt share of each ch
 optimizer = "muon"          # Muon for the blocks' matrices, AdamW for the rest; or 'adamw' for all
 learning_rate = 6e-4        # AdamW's peak
 muon_lr = 0.02              # Muon's
+muon_momentum = 0.95        # with few tokens an iteration 0.9 is better
 weight_decay = 0.1          # AdamW's, on tensors of two or more dimensions; Muon's matrices are not decayed
 beta1 = 0.9
 beta2 = 0.95
@@ -77,14 +78,15 @@ timeout_s = 600             # seconds without an answer from another rank that e
 deterministic = False       # repeatable kernels on CUDA, where torch has them; a CPU's are in any case
 
 if __name__ == "__main__":  # here, before the seconds that torch takes to import: a typo is answered at once
-    import signal, time
+    import logging, os, signal, time
     from configurator import configure
     started = time.monotonic()
     settings = configure(globals())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save until training begins
+    logging.getLogger("bareGPT").disabled = os.environ.get("RANK", "0") != "0"  # one rank's warnings are enough
 
 import math, mmap, sys, time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -165,12 +167,15 @@ class Split:
 
 
 @torch.no_grad()
-def evaluate(model, batches, machine):
-    """Mean cross-entropy in nats over the targets of all `batches` of (x, y) that count; the ranks share the work."""
+def evaluate(model, batches, machine, asked=lambda: 0):
+    """Mean cross-entropy in nats over the targets of all `batches` of (x, y) that count; the ranks share the work. None
+    where `asked` returned anything but 0 on any rank: it is called every few batches, and may then end the evaluation."""
     model.eval()
     losses, count = [], 0
     with machine.autocast():
         for i, (x, y) in enumerate(batches):
+            if i % (4 * machine.world_size) == 0 and machine.sum(asked())[0]:  # four forward passes are about an iteration
+                return None
             if i % machine.world_size == machine.rank:
                 losses.append(model(machine.to_device(x), machine.to_device(y), reduction="sum")[1])
                 count += int((y != -100).sum())
@@ -189,10 +194,9 @@ def check_settings(s):
               "at least 2, for the newest may turn out damaged": (2, "keep_checkpoints"),
               "0 or more": (0, "learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters max_epochs max_hours "
                                "patience target_loss skip_nonfinite eval_iters checkpoint_interval sample_interval beta1 beta2 "
-                               "decay_frac muon_lr loss_chunk")}
+                               "decay_frac muon_lr muon_momentum loss_chunk")}
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
-    wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2") if s[k] >= 1]
-    wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
+    wrong += [f"{k}={s[k]} must be at most 1" for k in ("beta1", "beta2", "muon_momentum", "decay_frac") if s[k] > 1]
     wrong += [f"{k}={s[k]!r} is not one of {', '.join(choices)}" for k, choices in
               (("optimizer", ("muon", "adamw")), ("lr_schedule", optim.SCHEDULES)) if s[k] not in choices]
     if s["min_lr"] > s["learning_rate"] or not s["learning_rate"]:
@@ -242,8 +246,7 @@ if __name__ == "__main__":
         asked_for = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
         config = GPTConfig(**(state["model_args"] if origin else {}) | asked_for | {"vocab_size": meta["vocab_size"]})
         if origin:
-            differ = GPTConfig(**state["model_args"]).differences(config)
-            if differ:
+            if differ := GPTConfig(**state["model_args"]).differences(config):
                 raise ValueError(f"{path} has another architecture: {differ}; drop the flag, or start from scratch")
             if state["tokenizer"] != tokenizer:
                 raise ValueError(f"{path} was trained with another tokenizer than {folder} has; prepare the data with that one")
@@ -256,17 +259,19 @@ if __name__ == "__main__":
         if origin:
             raw_model.load_state_dict(state["model"])
         machine.place(raw_model)
-        optimizers = optim.configure_optimizers(raw_model, optimizer, learning_rate, muon_lr, weight_decay, beta1, beta2)
+        optimizers = optim.configure_optimizers(raw_model, optimizer, learning_rate, muon_lr, muon_momentum,
+                                                weight_decay, beta1, beta2)
         scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
 
         # Where the run stands, and where it goes.
-        iter_num = cursor = tokens = evals_without_gain = 0
+        iter_num = cursor = tokens = evals_without_gain = due_eval = due_save = stopped = 0
         elapsed_s, best_val_loss = 0.0, math.inf
         if resuming:
             optim.load_state_by_name(optimizers, state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             iter_num, cursor, tokens, elapsed_s = (state[k] for k in ("iter_num", "cursor", "tokens", "elapsed_s"))
             best_val_loss, evals_without_gain = state["best_val_loss"], state["evals_without_gain"]
+            due_eval = due_save = val_data and state.get("eval_due")  # a signal came before its end
         origin = state = None  # a copy of the model and its optimizer less
         if gradient_accumulation_steps % machine.world_size:
             near = {max(1, gradient_accumulation_steps // machine.world_size + i) * machine.world_size for i in (0, 1)}
@@ -289,18 +294,19 @@ if __name__ == "__main__":
         say("\n".join(f"{name:10} {len(split.tokens):,} tokens, {split.path}" for name, split in splits.items()))
         say(f"iteration  {tokens_per_iter:,} tokens = {gradient_accumulation_steps} micro-batches * {batch_size} rows * {block_size}")
         say(f"run        {end:,} iterations = {end * tokens_per_iter:,} tokens = "
-            f"{end * rows_per_iter / train_data.n_windows:,.2f} epochs")
+            f"{end * rows_per_iter / train_data.n_windows:,.2f} epochs"
+            + (f"\nresume     {path} at iteration {iter_num:,}" if resuming else ""))
         say("\n".join(machine.describe()))
-        if resuming:
-            say(f"resume     {path} at iteration {iter_num:,}")
 
         model = compiled = raw_model.train()
 
-        def evaluate_split(name):
+        def evaluate_split(name, **options):
             """Loss, perplexity and, for a whole split of known bytes, bits per byte; as a dict, and printed."""
             split = splits[name]
             count = eval_iters if eval_iters * batch_size < split.n_windows else 0  # 0: the whole split is no more work
-            loss = evaluate(compiled, split.batches(batch_size, count), machine)
+            loss = evaluate(compiled, split.batches(batch_size, count), machine, **options)
+            if loss is None:
+                return None
             ppl, n_bytes = math.exp(min(loss, 99)), meta.get("bytes", {}).get(name)
             bpb = loss * split.n_targets / math.log(2) / n_bytes if n_bytes and not count and split.mask is None else None
             say(f"eval {iter_num:{wide},}/{end:,}  {name} loss {loss:.4f}  perplexity {ppl:,.2f}"
@@ -310,13 +316,12 @@ if __name__ == "__main__":
         if eval_only:
             for name in splits:
                 evaluate_split(name)
-            sys.exit(machine.close())
+            machine.close()
 
         log = Log(settings, silent=dry_run or not main)
         clock = elapsed_s - time.perf_counter()  # clock + perf_counter(): the seconds spent training, all sessions together
-        if machine.compile:
-            model = compiled = machine.try_compile(raw_model, *map(machine.to_device, train_data.get_batch(cursor, batch_size)))
-        model = machine.parallel(model)
+        compiled = machine.try_compile(raw_model, *map(machine.to_device, train_data.get_batch(cursor, batch_size)))
+        model = machine.parallel(compiled)
 
         def micro_step(micro):
             """Forward and backward of one micro-batch; returns its loss in nats, summed, and how many targets count."""
@@ -347,23 +352,48 @@ if __name__ == "__main__":
                 f"{duration(seconds * (end - iter_num))} in all; {machine.peak_gib():.2f} GiB at the peak")
             parts = memory(raw_model, batch_size, optimizer, machine.dtype.itemsize, machine.shards, gradient_accumulation_steps)
             say("memory     " + ", ".join(f"{k} {v / 2**30:,.2f}" for k, v in parts.items()) + " GiB a rank (estimated)")
-            sys.exit(machine.close())
+            machine.close()
 
         def snapshot():
             """This moment as a checkpoint."""
             return {"model": raw_model.state_dict(), "model_args": asdict(config), "optimizer": optim.state_by_name(optimizers),
                     "scaler": scaler.state_dict(), "iter_num": iter_num, "cursor": cursor, "tokens": tokens,
                     "elapsed_s": clock + paused, "best_val_loss": best_val_loss, "evals_without_gain": evals_without_gain,
-                    "config": settings, "tokenizer": tokenizer, "dataset_fingerprint": data_id}
+                    "eval_due": bool(due_eval), "config": settings, "tokenizer": tokenizer, "dataset_fingerprint": data_id}
 
-        reason = f"{end:,} iterations are done already; a higher --max_iters goes on" if iter_num >= end else ""
-        stop, flags, writer = StopSignals(), LateFlags(machine), checkpoint.Writer(path if resuming else None, main)
+        writer = checkpoint.Writer(path if resuming else None, main)
+        stop, flags = StopSignals(started, max_hours, writer), LateFlags(machine)
         streak = torch.zeros(1, device=machine.device)  # iterations in a row with a gradient that is not finite
         skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # at each of them a scaler halves its scale, from 2^16 at first
-        checked, slowest = time.monotonic(), 0.0  # the longest time between two looks at the clock
         first_iter, floor, last = iter_num, min_lr / learning_rate, (iter_num, elapsed_s)  # last: when the log last spoke
-        asked = 0  # why the ranks agree to stop: 0 not at all, 1 max_hours, else a signal's number
-        while not reason:
+        reason = f"{end:,} iterations are done already; a higher --max_iters goes on" if iter_num >= end else ""
+        while True:
+            # Outside the training clock: evaluation, a sample, checkpoints.
+            paused, better = time.perf_counter(), False
+            if main and not fsdp and iter_num == first_iter + 1:
+                writer.prepare(snapshot())
+            val = evaluate_split("val", asked=stop.look) if due_eval and not stopped else None
+            if val:
+                due_eval, better = False, val["val_loss"] < best_val_loss
+                best_val_loss, evals_without_gain = (val["val_loss"], 0) if better else (best_val_loss, evals_without_gain + 1)
+                log.write(iter=iter_num, tokens=tokens, elapsed_s=clock + paused, **val)
+                if val["val_loss"] <= target_loss:
+                    reason = f"target_loss={target_loss:g} is reached"
+                elif patience and evals_without_gain >= patience:
+                    reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
+            elif due_eval:  # it stays due, and the resume begins with it
+                (_, (_, stopped)), = flags.push(iter_num, streak, stop.look(), wait=True)
+            if sample_interval and iter_num % sample_interval == 0 and iter_num > first_iter and not stopped:
+                with machine.autocast():  # a new document; under FSDP all ranks have to write it
+                    sample = raw_model.generate(torch.full((1, 1), reader.eot or 0, device=machine.device),
+                                                max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
+                say(reader.decode(sample[0, 1:].tolist()))
+            if due_save or reason and val or stopped or better:
+                writer.start(out_dir, snapshot(), keep_checkpoints, better)
+            clock -= time.perf_counter() - paused
+            if reason or stopped:
+                break
+
             # One update: the micro-batches of an iteration are dealt to the ranks in turn.
             factor = optim.lr_factor(iter_num, lr_schedule, warmup_iters, lr_decay_iters or end, decay_frac, floor)
             optim.set_lr(optimizers, factor)
@@ -388,11 +418,7 @@ if __name__ == "__main__":
             # What the ranks agree on: is the gradient finite, does a signal or the clock say stop?
             due_eval = val_data and (iter_num % eval_interval == 0 or iter_num >= end)
             due_save = iter_num % (checkpoint_interval or eval_interval) == 0 or iter_num >= end
-            slowest, checked = max(slowest, time.monotonic() - checked), time.monotonic()
-            # Time is left for the next iteration, for a write that may be under way, and for the last one.
-            out_of_time = max_hours and checked - started + slowest + 2 * writer.seconds > 3600 * max_hours
-            stop_here = torch.full((1,), float(stop.received or bool(out_of_time)), device=machine.device)
-            for at, (bad, asked) in flags.push(iter_num, torch.cat([streak, stop_here]), wait=due_eval or due_save):
+            for at, (bad, stopped) in flags.push(iter_num, streak, stop.look(), wait=due_eval or due_save):
                 if bad > skippable:
                     writer.wait()
                     raise ValueError(f"the gradient is not finite at iteration {at:,}, and the weights were left alone; "
@@ -401,12 +427,10 @@ if __name__ == "__main__":
                 if bad:
                     say(f"iter {at:{wide},}/{end:,}  skipped, for the gradient is not finite ({bad:.0f} in a row)")
             writer.wait(block=False)  # raises what went wrong in the thread
-            if asked:
-                reason = f"max_hours={max_hours:g} is over" if asked == 1 else f"stopped by {signal.Signals(int(asked)).name}"
-            elif iter_num >= end:
+            if iter_num >= end:
                 reason = f"max_iters={max_iters:,} is reached" if end == max_iters else f"max_epochs={max_epochs:g} is reached"
 
-            if iter_num % log_interval == 0 or due_eval or reason:
+            if iter_num % log_interval == 0 or due_eval or reason or stopped:
                 nats, count = machine.sum(sum(float(part) for part, _ in parts), count)
                 train_loss = nats / max(1, count)
                 now = clock + time.perf_counter()
@@ -419,32 +443,8 @@ if __name__ == "__main__":
                 log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=train_loss, lr=learning_rate * factor,
                           grad_norm=float(grad_norm), tok_per_s=tok_per_s, mfu=mfu)
 
-            # Outside the training clock: evaluation, a sample, checkpoints.
-            paused = time.perf_counter()
-            if main and not fsdp and iter_num == first_iter + 1:
-                writer.prepare(snapshot())
-            if due_eval and asked <= 1:
-                val = evaluate_split("val")
-                better = val["val_loss"] < best_val_loss
-                best_val_loss = min(best_val_loss, val["val_loss"])
-                evals_without_gain = 0 if better else evals_without_gain + 1
-                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, **val)
-                if val["val_loss"] <= target_loss:
-                    reason = f"target_loss={target_loss:g} is reached"
-                elif patience and evals_without_gain >= patience:
-                    reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
-            if sample_interval and iter_num % sample_interval == 0:
-                with machine.autocast():  # a new document; under FSDP all ranks have to write it
-                    sample = raw_model.generate(torch.full((1, 1), reader.eot or 0, device=machine.device),
-                                                max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
-                say(reader.decode(sample[0, 1:].tolist()))
-            better = due_eval and asked <= 1 and better
-            if due_save or reason or better:
-                writer.start(out_dir, snapshot(), keep_checkpoints, better)
-            clock -= time.perf_counter() - paused
-
         writer.wait()
+        if stopped:  # by max_hours, or a signal's number
+            reason = f"stopped by {signal.Signals(int(stopped)).name}" if stopped > 1 else f"max_hours={max_hours:g} is over"
         say(f"{reason}; {tokens:,} tokens, {duration(clock + time.perf_counter())} of training, checkpoint {writer.last}")
-        machine.close()
-        if asked > 1:
-            sys.exit(128 + int(asked))
+        machine.close(128 + int(stopped) if stopped > 1 else 0)

@@ -3,7 +3,7 @@ order in which rows are dealt out, a permutation that is computed and never stor
 import hashlib
 import json
 import os
-import sys
+from logging import getLogger
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def load_meta(folder):
         raise ValueError(f"{folder} has a meta.pkl, which is never opened since a pickle can run code; "
                          f"python data/text/prepare.py --input=YOUR_TEXT --tokenizer=char --out={folder} makes a meta.json")
     if (folder / "train.bin").is_file() or (folder / "train.npy").is_file():
-        print(f"note: {folder} has no meta.json; taking its files for uint16 ids of GPT-2's vocabulary", file=sys.stderr)
+        getLogger("bareGPT").warning(f"note: {folder} has no meta.json; taking its files for uint16 ids of GPT-2's vocabulary")
     return {"vocab_size": 50257, "dtype": "uint16", "tokenizer": "gpt2"}
 
 

@@ -5,6 +5,8 @@ nan_gradient=7,1      ... on rank 1 alone, before the ranks' gradients meet
 slow_step=0.2         an iteration takes as many seconds longer
 slow_write=2          so does a checkpoint
 slow_setup=3          so does the set-up
+slow_eval=0.2         so does each batch of an evaluation
+held_write=5          the first checkpoint's write goes on until training is as many iterations further, or for 20 s
 no_module=wandb       a package that is not installed
 no_memory=300         so many MB of address space beyond what the set-up takes
 peak_memory           none: prints the largest resident memory in MB at the end
@@ -50,6 +52,32 @@ elif fault == "slow_write":
     print("clock", time.monotonic())
     plain_write = checkpoint.write
     checkpoint.write = lambda *a: (time.sleep(float(value)), plain_write(*a))[1]
+elif fault == "held_write":
+    plain_push, plain_write = machine.LateFlags.push, checkpoint.write
+
+    def push(*args, **options):
+        calls[0] += 1  # once an iteration, at its end
+        return plain_push(*args, **options)
+
+    def write(state, path):
+        checkpoint.write, began, here = plain_write, time.monotonic(), calls[0]
+        while calls[0] < here + int(value) and time.monotonic() < began + 20:
+            time.sleep(0.01)
+        sys.stdout.write(f"{path.name} was held for {time.monotonic() - began:.2f} s and {calls[0] - here} iterations\n")
+        plain_write(state, path)
+
+    machine.LateFlags.push, checkpoint.write = push, write
+elif fault == "slow_eval":
+    def forward(self, *args, **options):
+        if not self.training and options.get("reduction") == "sum":
+            calls[0] += 1
+            if calls[0] == 2:  # the evaluation is under way
+                sys.stdout.write("evaluating\n")
+                sys.stdout.flush()
+            time.sleep(float(value))
+        return plain_forward(self, *args, **options)
+
+    plain_forward, model.GPT.forward = model.GPT.forward, forward
 elif fault == "slow_setup":
     plain_check = model.check_causality
     model.check_causality = lambda config: (print("setting up", flush=True), time.sleep(float(value)), plain_check(config))

@@ -1,9 +1,15 @@
 """The optimizers: Muon against torch's own and against the SVD, groups, gating, state by name."""
 import copy
+import math
+import re
+import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
+import optim
 from model import GPT, GPTConfig
 from optim import Muon, configure_optimizers, describe, load_state_by_name, orthogonalize, set_lr, state_by_name
 
@@ -99,6 +105,48 @@ def test_a_gradient_that_is_not_finite_changes_nothing(optimizer, value):
         o.found_inf = torch.zeros(())
     step()
     assert not torch.equal(before[0]["wte.weight"], model.wte.weight)
+
+
+def update(model, optimizers, scaler, device_type):
+    """train.py's own update, cut out of its loop: unscale, clip, look for what is not finite, step or not, scaler.update."""
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    lines = re.search(r"^ +for opt in optimizers:\n +scaler\.unscale_.*?^ +scaler\.update\(\)\n", source, re.M | re.S).group()
+    exec(textwrap.dedent(lines), {"torch": torch, "math": math, "optim": optim, "raw_model": model, "optimizers": optimizers, "scaler": scaler,
+                                  "grad_clip": 1.0, "streak": torch.zeros(1), "machine": SimpleNamespace(type=device_type)})
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])  # the host leaves the steps out; or each step sees to it by itself
+def test_under_a_loss_scaler_the_update_is_the_same_and_an_infinite_gradient_only_halves_the_scale(optimizer, device_type):
+    plain, model = make(), make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    none = torch.amp.GradScaler("cpu", enabled=False)
+    both = [(m, configure_optimizers(m, optimizer, 1e-3), s) for m, s in ((plain, none), (model, scaler))]
+    x = torch.arange(32).view(2, 16)
+
+    def backward(model, scaler):
+        scaler.scale(model(x, (x + 1) % 64)[1]).backward()
+
+    for _ in range(3):
+        for m, optimizers, s in both:
+            backward(m, s)
+            update(m, optimizers, s, device_type)
+    for a, b in zip(plain.parameters(), model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert scaler.get_scale() == 2.0**16
+
+    optimizers = both[1][1]
+    before = copy.deepcopy((model.state_dict(), state_by_name(optimizers)))
+    for name in "blocks.0.attn.qkv.weight", "wte.weight":  # Muon's with muon, and AdamW's: either one stops both
+        backward(model, scaler)
+        scale = scaler.get_scale()
+        model.get_parameter(name).grad[1, 1] = math.inf
+        update(model, optimizers, scaler, device_type)
+        assert scaler.get_scale() == scale / 2
+        torch.testing.assert_close(before, (model.state_dict(), state_by_name(optimizers)), rtol=0, atol=0)
+    backward(model, scaler)
+    update(model, optimizers, scaler, device_type)
+    assert not torch.equal(before[0]["wte.weight"], model.wte.weight) and all(p.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

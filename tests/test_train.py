@@ -82,7 +82,7 @@ def test_checkpoints_are_plain_and_the_newest_two_and_the_best_stay(trained, dat
     assert sorted(p.name for p in out.iterdir()) == [".lock", "best.pt", "ckpt_00000080.pt", "ckpt_00000100.pt", "config.json", "metrics.jsonl"]
     state = torch.load(out / "ckpt_00000100.pt", weights_only=True)
     assert set(state) == {"model", "model_args", "optimizer", "scaler", "iter_num", "cursor", "tokens", "elapsed_s", "best_val_loss",
-                          "evals_without_gain", "config", "tokenizer", "dataset_fingerprint"}
+                          "evals_without_gain", "eval_due", "config", "tokenizer", "dataset_fingerprint"}
     assert state["iter_num"] == 100 and state["cursor"] == 800 and state["tokens"] == 12800
     assert set(state["optimizer"]) == set(state["model"]) and not any("_orig_mod" in k or "module." in k for k in state["model"])
     best = min((m for m in metrics(out) if "val_loss" in m), key=lambda m: m["val_loss"])
