@@ -1,4 +1,5 @@
 """What a run stands on: device, dtype, ranks, signals, its folder, logs. Every script asks here, so 'auto' means one thing."""
+import atexit
 import ctypes
 import fcntl
 import json
@@ -8,6 +9,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -161,10 +163,15 @@ class Machine:
         return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
                 "device": self.name(), "world_size": self.world_size}
 
-    def close(self):
+    def close(self, status=0):
+        """Leave the other ranks, and end the process with `status`."""
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves early takes its connections with it
             dist.destroy_process_group()
+            atexit._run_exitfuncs()  # wandb's, say
+            sys.stdout.flush()
+            os._exit(status)  # not through the interpreter's end, where a thread of gloo's now and then aborts the process
+        sys.exit(status)
 
 
 class LateFlags:

@@ -24,13 +24,13 @@ def lr_factor(iteration, schedule, warmup_iters, decay_end, decay_frac, floor):
     return 1 - (1 - floor) * SCHEDULES[schedule](done)
 
 
-def configure_optimizers(model, optimizer, learning_rate, muon_lr=0.02, weight_decay=0.1, beta1=0.9, beta2=0.95):
+def configure_optimizers(model, optimizer, learning_rate, muon_lr=0.02, muon_momentum=0.95, weight_decay=0.1,
+                         beta1=0.9, beta2=0.95):
     """Return a list of optimizers that together hold every parameter of `model` once.
 
     optimizer='adamw' (Loshchilov & Hutter) has it all, and decays tensors of two or more dimensions; gains and
     biases are not decayed, for a zero there is not "simpler" than a one. 'muon' takes the blocks' matrices away.
-    Each param_group has, besides torch's keys, `name`, `param_names` and `initial_lr`: the rate that a schedule
-    multiplies.
+    A param_group has, besides torch's keys, `name`, `param_names` and `initial_lr`, which a schedule multiplies.
     """
     named = dict(model.named_parameters())
     hidden = {n: p for n, p in named.items() if optimizer == "muon" and n.startswith("blocks.") and p.dim() == 2}
@@ -44,7 +44,7 @@ def configure_optimizers(model, optimizer, learning_rate, muon_lr=0.02, weight_d
               for name, params, lr, decay in table if params]
     optimizers = [torch.optim.AdamW([g for g in groups if g["name"] != "blocks"], betas=(beta1, beta2), fused=True)]
     if hidden:
-        optimizers.insert(0, Muon(groups[0], model.stacked_rows()))
+        optimizers.insert(0, Muon(groups[0], model.stacked_rows(), muon_momentum))
     return optimizers
 
 

@@ -243,7 +243,7 @@ if __name__ == "__main__":
             raise ValueError(f"patience and target_loss go by the validation loss, and {folder} has no val.bin")
 
         # The model and its optimizer.
-        asked_for = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
+        asked_for = {k: v for k, v in settings.items() if k in GPTConfig.__dataclass_fields__}
         config = GPTConfig(**(state["model_args"] if origin else {}) | asked_for | {"vocab_size": meta["vocab_size"]})
         if origin:
             if differ := GPTConfig(**state["model_args"]).differences(config):

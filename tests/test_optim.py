@@ -74,7 +74,7 @@ def test_stacked_matrices_are_orthogonalised_one_by_one():
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_parameter_has_one_group_and_the_table_shows_it(optimizer):
     model = make(mlp="swiglu", norm="layernorm", bias=True)
-    optimizers = configure_optimizers(model, optimizer, 1e-3, 0.02, 0.1)
+    optimizers = configure_optimizers(model, optimizer, 1e-3, muon_lr=0.02, weight_decay=0.1)
     groups = {n: (type(o).__name__, g["name"], g["lr"], g["weight_decay"]) for o in optimizers for g in o.param_groups for n in g["param_names"]}
     assert set(groups) == {n for n, _ in model.named_parameters()}
     assert groups["wte.weight"] == ("AdamW", "matrices", 1e-3, 0.1) and groups["norm.weight"] == ("AdamW", "vectors", 1e-3, 0.0)

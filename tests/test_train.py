@@ -118,7 +118,7 @@ def test_schedules(schedule):
 def test_only_matrices_are_decayed():
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, bias=True, norm="layernorm", vocab_size=64, block_size=16))
-    groups = [g for o in configure_optimizers(model, 1e-3, 0.1) for g in o.param_groups]
+    groups = [g for o in configure_optimizers(model, "adamw", 1e-3, weight_decay=0.1) for g in o.param_groups]
     decay = {n: g["weight_decay"] for g in groups for n in g["param_names"]}
     assert decay == {n: 0.1 if p.dim() >= 2 else 0.0 for n, p in model.named_parameters()}
 
