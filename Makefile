@@ -1,6 +1,6 @@
 # make demo      from nothing to a model that writes Python, in minutes on two CPU cores
 # make test      the fast tests, in under five minutes
-# make gauntlet  every fault of tests/test_faults.py, the slow ones too
+# make gauntlet  every fault of tests/test_faults.py, and many ranks; the slow ones too
 # Each sets up what it needs in .venv. PYTHON=python3.12 make ... takes another interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ test: $(VENV)/ready-for-tests
 	$(RUN) -m pytest -q -n 2 -m "not slow" tests
 
 gauntlet: $(VENV)/ready-for-tests
-	$(RUN) -m pytest -q -n 2 tests/test_faults.py
+	$(RUN) -m pytest -q -n 2 tests/test_faults.py tests/test_ranks.py
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("bareGPT needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'

@@ -120,27 +120,27 @@ class Writer:
 
     What goes wrong in the thread is raised by the next `wait` or `start`. A process that ends waits for its thread.
     """
-    def __init__(self, last=None):
+    def __init__(self, last=None, main=True):  # main: of several ranks the one that writes
         self.last, self.seconds = last, 0.0  # the newest checkpoint that is on disk; how long the slowest took, or may take
         # One thread, also within torch: with a second team on the same cores, OpenMP's threads sleep between any
         # two operations of the training loop, which on a CPU took two fifths of the time.
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-        self.job, self.copies = None, {}
+        self.main, self.job, self.copies = main, None, {}
 
-    def prepare(self, state):
-        """Make room for the copies in the thread: memory that is fresh takes longer than the copy itself."""
-        self.job = self.job or self.pool.submit(self.copy, state, {})
-        bytes = 3 * sum(weight.nbytes for weight in state["model"].values())  # AdamW's state is as large as two models
-        self.seconds = self.seconds or bytes / 100e6  # not measured yet: say 100 MB/s
+    def prepare(self, state, room=True):
+        """Make room for the copies in the thread, for fresh memory takes longer than the copy itself; and estimate a write."""
+        self.job = self.job or (self.pool.submit(self.copy, state, {}) if room else None)
+        n_bytes = 3 * sum(weight.nbytes for weight in state["model"].values())  # AdamW's state is as large as two models
+        self.seconds = self.seconds or n_bytes / 100e6  # not measured yet: say 100 MB/s
 
     def start(self, out_dir, state, keep, best):
-        """Save a copy of `state` as it is now."""
+        """Save a copy of `state` as it is now; under FSDP all ranks must call it, for each has other rows."""
         self.wait()
         kept, self.copies = self.copies, {}
         state = self.copy(state, kept)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.job = self.pool.submit(self.save, out_dir, state, keep, best)
+        self.job = self.pool.submit(self.save, out_dir, state, keep, best) if self.main else None
 
     def copy(self, value, kept):
         """`value` with its tensors on the CPU, in the room that `kept` has for them."""
@@ -148,12 +148,14 @@ class Writer:
             return {k: self.copy(v, kept) for k, v in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
-        key = value.data_ptr(), value.shape  # a matrix that two names share is copied, and written, once
-        if key not in self.copies:
+        local = getattr(value, "to_local", lambda: value)()
+        value = getattr(value, "full_tensor", lambda: value)()  # what FSDP has sharded is gathered, one tensor at a time
+        key = local.data_ptr(), value.shape  # a matrix that two names share is copied, and written, once
+        if self.main and key not in self.copies:
             room = kept.get(key)
             room = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda) if room is None else room
             self.copies[key] = room.copy_(value, non_blocking=True)
-        return self.copies[key]
+        return self.copies.get(key)
 
     def save(self, *args):
         began = time.monotonic()

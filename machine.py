@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from logging import getLogger
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 # Dense bf16 operations a second by the data sheets; those of fp16 for the V100 and the T4, which have no bf16.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
@@ -27,8 +29,8 @@ class Machine:
 
     Raises ValueError for a device, dtype or backend that is not to be had here.
     """
-
-    def __init__(self, device="auto", dtype="auto", compile="auto", backend="auto", timeout_s=600, deterministic=False):
+    def __init__(self, device="auto", dtype="auto", compile="auto", backend="auto", timeout_s=600, deterministic=False,
+                 fsdp=False):
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         self.rank, self.world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
                                                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
@@ -53,7 +55,9 @@ class Machine:
             raise ValueError(f"compile={compile!r} is none of auto, true, false")
         if compile == "auto":
             compile, why["compile"] = self.type == "cuda", "on for CUDA; elsewhere --compile pays in longer runs"
-        self.compile, self.why = compile, why
+        self.compile, self.why, self.fsdp, self.shards = compile, why, fsdp, self.world_size if fsdp else 1
+        if fsdp and (self.world_size == 1 or self.type == "mps"):
+            raise ValueError(f"fsdp=True needs torchrun --nproc_per_node=2 or more, with CUDA or CPUs, not {device}; drop --fsdp")
         self.backend = ("nccl" if self.type == "cuda" else "gloo") if backend == "auto" else backend
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -66,6 +70,7 @@ class Machine:
         if self.world_size > 1:
             if self.backend == "nccl" and self.type != "cuda":
                 raise ValueError(f"backend='nccl' needs CUDA, and the device is {self.device}; --backend=gloo runs on any")
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated|FSDP2-wrapped module .* returned a view")
             dist.init_process_group(self.backend, timeout=timedelta(seconds=timeout_s),
                                     device_id=self.device if self.backend == "nccl" else None)
 
@@ -105,6 +110,25 @@ class Machine:
         """A CPU tensor's copy on the device; on CUDA the host does not wait for it."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.type == "cuda" else tensor.to(self.device)
 
+    def place(self, model):
+        """Put a model on the device; under FSDP2 every rank keeps its rows of each parameter there, and a block is
+        gathered for as long as it is used, in `dtype`. Embedding and head stay in float32, as they do without FSDP."""
+        if not self.fsdp:
+            return model.to(self.device)
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        mesh = dist.init_device_mesh(self.type, (self.world_size,))
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh)
+
+    def parallel(self, model):
+        """The model whose gradients become the ranks' mean, when its set_requires_gradient_sync says so: DDP's or FSDP's."""
+        if self.world_size > 1 and not self.fsdp:
+            model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            model.set_requires_gradient_sync = lambda wanted: setattr(model, "require_backward_grad_sync", wanted)
+        return model
+
     def synchronize(self):
         if self.type in ("cuda", "mps"):
             getattr(torch, self.type).synchronize()
@@ -112,7 +136,9 @@ class Machine:
     def try_compile(self, model, x, y):
         """torch.compile's version of the model if a training step through it works here, else the model, with a warning."""
         try:
-            compiled = torch.compile(model)
+            compiled = model if self.fsdp else torch.compile(model)
+            for block in model.blocks if self.fsdp else ():  # between two of them FSDP gathers and drops parameters
+                block.forward = torch.compile(block.forward)
             with self.autocast():
                 compiled(x, y, reduction="sum")[1].backward()
             return compiled
@@ -154,15 +180,12 @@ class LateFlags:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         if self.machine.type != "cuda":
             return [(iter_num, flags.tolist())]
-        copied = torch.cuda.Event()
-        self.pending.append((iter_num, flags.to("cpu", non_blocking=True), copied))
-        copied.record()
-        read = []
-        while len(self.pending) > (0 if wait else 1):
-            iter_num, flags, copied = self.pending.pop(0)
+        self.pending.append((iter_num, flags.to("cpu", non_blocking=True), torch.cuda.Event()))
+        self.pending[-1][2].record()
+        done, self.pending = (self.pending, []) if wait else (self.pending[:-1], self.pending[-1:])
+        for _, _, copied in done:
             copied.synchronize()
-            read.append((iter_num, flags.tolist()))
-        return read
+        return [(iter_num, flags.tolist()) for iter_num, flags, _ in done]
 
 
 class StopSignals:
@@ -243,7 +266,6 @@ def lock(out_dir):
 
 class Log:
     """metrics.jsonl, and where wanted Weights & Biases and TensorBoard; the latter two never end a run."""
-
     def __init__(self, settings, silent=False):
         self.others, self.file = [], None  # others: functions of (line, iteration)
         if silent:
@@ -289,6 +311,25 @@ def start_tensorboard(s):
 
 def first_line(error):
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def memory(model, batch_size, optimizer, matmul_bytes=4, shards=1, micro_batches=2):
+    """{part: bytes} of a rank at the peak of a training step, and their 'total'; README.md explains the terms.
+    matmul_bytes: of a number in matrix products. shards: FSDP's ranks, else 1; micro_batches of an iteration, over all
+    ranks. A model of any size can be asked about that was built under torch.device("meta").
+    """
+    c, a, P, tokens = model.config, matmul_bytes, model.num_params(), batch_size * model.config.block_size
+    hidden = sum(p.numel() for p in model.blocks.parameters() if p.dim() > 1)
+    heads = (c.n_head + c.n_kv_head) * c.head_dim * (3 if c.qk_norm or c.pos_emb == "rope" else 2)
+    layer = 8 * c.n_embd + a * (2 * c.n_embd + heads + c.n_ff * (4 if c.mlp == "swiglu" else 2))  # bytes a token
+    layers = 4 * c.n_embd * c.n_layer + layer if model.gradient_checkpointing else layer * c.n_layer
+    logits = (12 + a) * c.vocab_size * min(model.loss_chunk or tokens, tokens)
+    blocks = a * (a < 4) * hidden if shards == 1 else 4 * (P - hidden) + (2 * a + 4) * hidden // c.n_layer
+    parts = {"parameters": 4 * P // shards, "gradients": 4 * P // (shards if micro_batches <= shards else 1),
+             "optimizer": (8 * P - 4 * hidden * (optimizer == "muon")) // shards,
+             "activations": tokens * (layers + (4 + a) * c.n_embd) + logits,
+             "copies": blocks + a * (a < 4) * c.vocab_size * c.n_embd}
+    return parts | {"total": sum(parts.values())}
 
 
 def duration(seconds):

@@ -2,6 +2,7 @@
 import math
 
 import torch
+import torch.distributed as dist
 
 SCHEDULES = {  # share of the way from the peak to the floor, by the share of the decay that lies behind
     "constant": lambda done: 0.0,
@@ -51,8 +52,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose every update is replaced by the nearest semi-orthogonal matrix (Jordan et al., Muon).
 
     All directions of a matrix then move by the same amount, also those in which the gradient is small. `rows` names
-    parameters that hold several matrices on top of each other, {name: [rows of each]}. Pieces of equal shape, from
-    whichever layer, are orthogonalised in one batch. State: `momentum_buffer`, of the parameter's shape.
+    parameters that hold several matrices on top of each other, {name: [rows of each]}. Pieces of equal shape are one
+    batch, of which each rank does a share. A step uses up the gradients. State: `momentum_buffer`, of p's shape.
     """
     def __init__(self, group, rows, momentum=0.95):
         super().__init__([group], dict(lr=0.02, weight_decay=0.0))
@@ -60,22 +61,46 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        group, pieces = self.param_groups[0], {}
+        group, pieces = self.param_groups[0], {}  # pieces: {shape: [(this rank's rows, the piece's place in them, update)]}
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         ok = 1.0 - getattr(self, "found_inf", torch.zeros((), device=group["params"][0].device))  # 0: change nothing
         for name, p in zip(group["param_names"], group["params"]):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffer = self.state[p]["momentum_buffer"]
-            gradient = torch.where(ok > 0, p.grad, 0.0)
+            (weight, first), (gradient, _), (buffer, _) = map(shard, (p, p.grad, self.state[p]["momentum_buffer"]))
+            gradient.masked_fill_(ok == 0, 0.0)
             buffer.lerp_(gradient, (1 - self.momentum) * ok)
-            nesterov = gradient.lerp(buffer, self.momentum)
-            p.mul_(1 - group["lr"] * group["weight_decay"] * ok)
-            for weight, update in zip(*(t.split(self.rows.get(name, [len(p)])) for t in (p, nesterov))):
-                pieces.setdefault(update.shape, []).append((weight, update))
-        for (rows, cols), pairs in pieces.items():
-            updates = orthogonalize(torch.stack([update for _, update in pairs]))
-            updates *= ok * (-group["lr"] * max(1, rows / cols) ** 0.5)
-            torch._foreach_add_([weight for weight, _ in pairs], list(updates.to(pairs[0][0].dtype)))
+            gradient.lerp_(buffer, self.momentum)  # Nesterov's, in the gradient's own room
+            weight.mul_(1 - group["lr"] * group["weight_decay"] * ok)
+            row = -first
+            for update in whole(p.grad).split(self.rows.get(name, [len(p)])):
+                found = pieces.setdefault(update.shape, [])
+                found.append((weight, row, update if len(found) % ranks == rank else None))  # dealt to the ranks in turn
+                row += len(update)
+        for (rows, cols), found in pieces.items():
+            mine = [update for _, _, update in found if update is not None]
+            mine += [ok.new_zeros(rows, cols)] * (math.ceil(len(found) / ranks) - len(mine))  # as many on every rank
+            updates = orthogonalize(torch.stack(mine)).mul_(ok * (-group["lr"] * max(1, rows / cols) ** 0.5))
+            for part in updates.contiguous().split(1 if ranks > 1 else len(updates)):
+                if ranks > 1:  # a matrix of each at a time: with all of them at once, FSDP would hold whole models again
+                    one, part = part[0], part.new_empty(ranks, rows, cols)
+                    dist.all_gather(list(part), one)
+                now, found = found[:len(part)], found[len(part):]
+                weights = [weight[max(0, row):max(0, row + rows)] for weight, row, _ in now]
+                part = [u[max(0, -row):][:len(w)] for u, w, (_, row, _) in zip(part.to(weights[0].dtype), weights, now)]
+                torch._foreach_add_(weights, part)
+
+
+def whole(tensor):
+    """All of a tensor that FSDP has sharded (a DTensor), gathered from the ranks, each of which must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard(tensor):
+    """This rank's rows of a tensor and the number of the first: all of them, or what FSDP deals as torch.chunk would."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, 0
+    return tensor.to_local(), tensor.device_mesh.get_local_rank() * math.ceil(len(tensor) / tensor.device_mesh.size())
 
 
 def orthogonalize(g):
@@ -113,12 +138,13 @@ def state_by_name(optimizers):
 
 
 def load_state_by_name(optimizers, state):
-    """Put back what `state_by_name` returned, copied to each parameter's device.
-
-    Raises ValueError when a parameter has no state in `state`, or one made by another optimizer.
-    """
+    """Put back a copy of what `state_by_name` returned. Raises ValueError for a parameter that has no state in it, or one
+    made by another optimizer."""
     for o in optimizers:
         for name, p in ((n, p) for g in o.param_groups for n, p in zip(g["param_names"], g["params"])):
             if name not in state or ("momentum_buffer" in state[name]) != isinstance(o, Muon):
                 raise ValueError(f"the checkpoint has no {type(o).__name__} state for {name}; resume with the run's own --optimizer")
-            o.state[p] = {k: v.to(p.device, copy=True) for k, v in state[name].items()}
+            o.state[p] = {k: torch.empty_like(p if v.dim() else v, device=p.device) for k, v in state[name].items()}
+            for key, value in state[name].items():
+                rows, first = shard(o.state[p][key])
+                rows.copy_(value[first:first + len(rows)] if value.dim() else value)

@@ -69,6 +69,7 @@ tensorboard_log = False     # log for TensorBoard too, in out_dir
 device = "auto"             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto takes the best there is
 dtype = "auto"              # 'float32', 'bfloat16', 'float16' (with a loss scaler); auto takes the fastest safe one
 compile = "auto"            # torch.compile; auto: on CUDA only
+fsdp = False                # shard parameters, gradients and optimizer state over the ranks
 gradient_checkpointing = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
 loss_chunk = 0              # positions whose logits are in memory at once, and computed again for the backward pass; 0: all
 backend = "auto"            # torch.distributed's: 'nccl' on CUDA, else 'gloo'
@@ -90,14 +91,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import optim
 from configurator import user_errors
 from data.splits import find_folder, fingerprint, load_meta, mix, open_split, permute, tokenizer_state
 from data.tokenizer import Tokenizer
-from machine import LateFlags, Log, Machine, StopSignals, duration, explained, lock
+from machine import LateFlags, Log, Machine, StopSignals, duration, explained, lock, memory
 from model import GPT, GPTConfig, check_causality
 
 
@@ -171,13 +171,15 @@ def evaluate(model, batches, machine, asked=lambda: 0):
     where `asked` returned anything but 0 on any rank: it is called every few batches, and may then end the evaluation."""
     model.eval()
     losses, count = [], 0
-    for i, (x, y) in enumerate(batches):
-        if i % (4 * machine.world_size) == 0 and machine.sum(asked())[0]:  # four forward passes are about an iteration
-            return None
-        if i % machine.world_size == machine.rank:
-            with machine.autocast():
+    with machine.autocast():
+        for i, (x, y) in enumerate(batches):
+            if i % (4 * machine.world_size) == 0 and machine.sum(asked())[0]:  # four forward passes are about an iteration
+                return None
+            if i % machine.world_size == machine.rank:
                 losses.append(model(machine.to_device(x), machine.to_device(y), reduction="sum")[1])
-            count += int((y != -100).sum())
+                count += int((y != -100).sum())
+        if machine.rank > i % machine.world_size:  # FSDP's ranks can only go forward together
+            model(machine.to_device(x), machine.to_device(y), reduction="sum")
     model.train()
     nats, count = machine.sum(sum(loss.item() for loss in losses), count)
     if not count:
@@ -224,7 +226,7 @@ if __name__ == "__main__":
             if resuming:
                 settings["init_from"] = state["config"]["init_from"]  # so that config.json repeats the run
         check_settings(settings)
-        machine = Machine(device, dtype, compile, backend, timeout_s, deterministic)
+        machine = Machine(device, dtype, compile, backend, timeout_s, deterministic, fsdp)
         main = machine.rank == 0
         say = partial(print, flush=True) if main else lambda *_: None
 
@@ -256,7 +258,7 @@ if __name__ == "__main__":
         raw_model.gradient_checkpointing, raw_model.loss_chunk = gradient_checkpointing, loss_chunk
         if origin:
             raw_model.load_state_dict(state["model"])
-        raw_model.to(machine.device)
+        machine.place(raw_model)
         optimizers = optim.configure_optimizers(raw_model, optimizer, learning_rate, muon_lr, weight_decay, beta1, beta2)
         scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
 
@@ -290,8 +292,8 @@ if __name__ == "__main__":
         say("\n".join(f"           {line}" for line in optim.describe(optimizers)))
         say("\n".join(f"{name:10} {len(split.tokens):,} tokens, {split.path}" for name, split in splits.items()))
         say(f"iteration  {tokens_per_iter:,} tokens = {gradient_accumulation_steps} micro-batches * {batch_size} rows * {block_size}")
-        epochs = end * rows_per_iter / train_data.n_windows
-        say(f"run        {end:,} iterations = {end * tokens_per_iter:,} tokens = {epochs:,.2f} epochs")
+        say(f"run        {end:,} iterations = {end * tokens_per_iter:,} tokens = "
+            f"{end * rows_per_iter / train_data.n_windows:,.2f} epochs")
         say("\n".join(machine.describe()))
         if resuming:
             say(f"resume     {path} at iteration {iter_num:,}")
@@ -302,8 +304,7 @@ if __name__ == "__main__":
             """Loss, perplexity and, for a whole split of known bytes, bits per byte; as a dict, and printed."""
             split = splits[name]
             count = eval_iters if eval_iters * batch_size < split.n_windows else 0  # 0: the whole split is no more work
-            loss = evaluate(compiled, split.batches(batch_size, count), machine, **options)
-            if loss is None:
+            if (loss := evaluate(compiled, split.batches(batch_size, count), machine, **options)) is None:
                 return None
             ppl, n_bytes = math.exp(min(loss, 99)), meta.get("bytes", {}).get(name)
             bpb = loss * split.n_targets / math.log(2) / n_bytes if n_bytes and not count and split.mask is None else None
@@ -320,9 +321,7 @@ if __name__ == "__main__":
         clock = elapsed_s - time.perf_counter()  # clock + perf_counter(): the seconds spent training, all sessions together
         if machine.compile:
             model = compiled = machine.try_compile(raw_model, *map(machine.to_device, train_data.get_batch(cursor, batch_size)))
-        if machine.world_size > 1:
-            model = DistributedDataParallel(model, broadcast_buffers=False,  # RoPE's table is the same everywhere
-                                            device_ids=[machine.device] if machine.type == "cuda" else None)
+        model = machine.parallel(model)
 
         def micro_step(micro):
             """Forward and backward of one micro-batch; returns its loss in nats, summed, and how many targets count."""
@@ -330,11 +329,11 @@ if __name__ == "__main__":
             count = y.numel() if train_data.mask is None else int((y != -100).sum())
             if dropout:
                 torch.manual_seed(mix(seed, iter_num, micro))
-            if machine.world_size > 1:  # DDP adds up the ranks' gradients behind the last micro-batch
-                model.require_backward_grad_sync = micro + machine.world_size >= gradient_accumulation_steps
+            if machine.world_size > 1:  # the ranks' gradients meet behind the last micro-batch
+                model.set_requires_gradient_sync(micro + machine.world_size >= gradient_accumulation_steps)
             with machine.autocast():
                 _, nats = model(machine.to_device(x), machine.to_device(y), reduction="sum")
-            # Each is divided by the nominal count; the ranks' mean, which DDP takes, is to be their sum.
+            # Each is divided by the nominal count; the ranks' mean, which they take, is to be their sum.
             scaler.scale(nats * (machine.world_size / tokens_per_iter)).backward()
             return nats.detach(), count
 
@@ -342,7 +341,7 @@ if __name__ == "__main__":
             optim.set_lr(optimizers, 0.0)
             for _ in range(2):  # the first time warms up
                 began = time.perf_counter()
-                micro_step(machine.rank)
+                micro_step(gradient_accumulation_steps - machine.world_size + machine.rank)
                 machine.synchronize()
                 between = time.perf_counter()
                 for opt in optimizers:
@@ -351,6 +350,8 @@ if __name__ == "__main__":
             seconds = (between - began) * gradient_accumulation_steps / machine.world_size + time.perf_counter() - between
             say(f"dry run    {seconds:.3g} s an iteration, {tokens_per_iter / seconds:,.0f} tokens/s, "
                 f"{duration(seconds * (end - iter_num))} in all; {machine.peak_gib():.2f} GiB at the peak")
+            parts = memory(raw_model, batch_size, optimizer, machine.dtype.itemsize, machine.shards, gradient_accumulation_steps)
+            say("memory     " + ", ".join(f"{k} {v / 2**30:,.2f}" for k, v in parts.items()) + " GiB a rank (estimated)")
             sys.exit(machine.close())
 
         def snapshot():
@@ -360,7 +361,7 @@ if __name__ == "__main__":
                     "elapsed_s": clock + paused, "best_val_loss": best_val_loss, "evals_without_gain": evals_without_gain,
                     "eval_due": bool(due_eval), "config": settings, "tokenizer": tokenizer, "dataset_fingerprint": data_id}
 
-        writer = checkpoint.Writer(path if resuming else None)
+        writer = checkpoint.Writer(path if resuming else None, main)
         stop, flags = StopSignals(started, max_hours, writer), LateFlags(machine)
         streak = torch.zeros(1, device=machine.device)  # iterations in a row with a gradient that is not finite
         skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # at each of them a scaler halves its scale, from 2^16 at first
@@ -370,12 +371,10 @@ if __name__ == "__main__":
             # Outside the training clock: evaluation, a sample, checkpoints.
             paused, better = time.perf_counter(), False
             if main and iter_num == first_iter + 1:
-                writer.prepare(snapshot())
-            val = evaluate_split("val", asked=stop.look) if due_eval and not stopped else None
-            if val:
+                writer.prepare(snapshot(), room=not fsdp)
+            if val := due_eval and not stopped and evaluate_split("val", asked=stop.look):
                 due_eval, better = False, val["val_loss"] < best_val_loss
-                best_val_loss = min(best_val_loss, val["val_loss"])
-                evals_without_gain = 0 if better else evals_without_gain + 1
+                best_val_loss, evals_without_gain = (val["val_loss"], 0) if better else (best_val_loss, evals_without_gain + 1)
                 log.write(iter=iter_num, tokens=tokens, elapsed_s=clock + paused, **val)
                 if val["val_loss"] <= target_loss:
                     reason = f"target_loss={target_loss:g} is reached"
@@ -383,11 +382,12 @@ if __name__ == "__main__":
                     reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
             elif due_eval:  # it stays due, and the resume begins with it
                 (_, (_, stopped)), = flags.push(iter_num, streak, stop.look(), wait=True)
-            if main and sample_interval and iter_num % sample_interval == 0 and iter_num > first_iter and not stopped:
-                start = torch.full((1, 1), reader.eot or 0, device=machine.device)  # a new document
-                sample = raw_model.generate(start, max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
+            if sample_interval and iter_num % sample_interval == 0 and iter_num > first_iter and not stopped:
+                with machine.autocast():  # a new document; under FSDP all ranks have to write it
+                    sample = raw_model.generate(torch.full((1, 1), reader.eot or 0, device=machine.device),
+                                                max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
                 say(reader.decode(sample[0, 1:].tolist()))
-            if main and (due_save or reason and val or stopped or better):
+            if due_save or reason and val or stopped or better:
                 writer.start(out_dir, snapshot(), keep_checkpoints, better)
             clock -= time.perf_counter() - paused
             if reason or stopped:
@@ -403,7 +403,7 @@ if __name__ == "__main__":
                 torch._foreach_mul_([p.grad for p in raw_model.parameters()], scale)
             for opt in optimizers:
                 scaler.unscale_(opt)
-            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+            grad_norm = optim.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
             bad = (~torch.isfinite(grad_norm)).float()
             streak = (streak + 1) * bad
             for opt in optimizers:

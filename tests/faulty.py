@@ -10,6 +10,7 @@ held_write=5          the first checkpoint's write goes on until training is as 
 no_module=wandb       a package that is not installed
 no_memory=300         so many MB of address space beyond what the set-up takes
 peak_memory           none: prints the largest resident memory in MB at the end
+count_bytes           none: each rank prints at the end how many bytes of parameters and optimizer state it holds
 file_limit=200000     no file grows beyond as many bytes: what a full disk does, where no small disk can be mounted
 """
 import atexit
@@ -29,6 +30,7 @@ sys.argv = [str(ROOT / "train.py"), *sys.argv[2:]]
 import checkpoint
 import machine
 import model
+import optim
 
 calls = [0]
 if fault == "nan_gradient":
@@ -92,6 +94,20 @@ elif fault == "no_memory":
     machine.LateFlags.__init__ = init
 elif fault == "peak_memory":
     atexit.register(lambda: print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+elif fault == "count_bytes":
+    plain_configure = optim.configure_optimizers
+
+    def count(model, optimizers):
+        tensors = [*model.parameters(), *(v for o in optimizers for state in o.state.values() for v in state.values())]
+        storages = {s.data_ptr(): s.nbytes() for s in (getattr(t, "_local_tensor", t).untyped_storage() for t in tensors)}
+        print(f"rank {os.environ.get('RANK', 0)} holds {sum(storages.values())} bytes of {sum(p.numel() for p in model.parameters())} parameters")
+
+    def configure(model, *args):
+        optimizers = plain_configure(model, *args)
+        atexit.register(count, model, optimizers)
+        return optimizers
+
+    optim.configure_optimizers = configure
 elif fault == "file_limit":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(value),) * 2)

@@ -26,9 +26,9 @@ ENDLESS = ["--max_iters=10**6", "--eval_interval=10**6", "--lr_schedule=constant
 
 
 @contextmanager
-def started(script, *flags, cwd, ranks=0, **environment):
+def started(script, *flags, cwd, ranks=0, launch=(), **environment):
     """A script as a process in a session of its own, whose output is read from a file; killed at the end in any case."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * bool(ranks)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launch] if ranks else []
     with open(cwd / f"log_{time.monotonic_ns()}", "w+") as log:
         process = subprocess.Popen([sys.executable, *launch, str(ROOT / script), *map(str, flags)], cwd=cwd, stdout=log, stderr=log, text=True,
                                    env=os.environ | environment, start_new_session=True)
