@@ -127,11 +127,11 @@ class Writer:
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.main, self.job, self.copies = main, None, {}
 
-    def prepare(self, state):
-        """Make room for the copies in the thread: memory that is fresh takes longer than the copy itself."""
-        self.job = self.job or self.pool.submit(self.copy, state, {})
-        bytes = 3 * sum(weight.nbytes for weight in state["model"].values())  # AdamW's state is as large as two models
-        self.seconds = self.seconds or bytes / 100e6  # not measured yet: say 100 MB/s
+    def prepare(self, state, room=True):
+        """Make room for the copies in the thread, for fresh memory takes longer than the copy itself; and estimate a write."""
+        self.job = self.job or (self.pool.submit(self.copy, state, {}) if room else None)
+        n_bytes = 3 * sum(weight.nbytes for weight in state["model"].values())  # AdamW's state is as large as two models
+        self.seconds = self.seconds or n_bytes / 100e6  # not measured yet: say 100 MB/s
 
     def start(self, out_dir, state, keep, best):
         """Save a copy of `state` as it is now; under FSDP all ranks must call it, for each has other rows."""

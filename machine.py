@@ -31,7 +31,6 @@ class Machine:
 
     Raises ValueError for a device, dtype or backend that is not to be had here.
     """
-
     def __init__(self, device="auto", dtype="auto", compile="auto", backend="auto", timeout_s=600, deterministic=False,
                  fsdp=False):
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -190,15 +189,12 @@ class LateFlags:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         if self.machine.type != "cuda":
             return [(iter_num, flags.tolist())]
-        copied = torch.cuda.Event()
-        self.pending.append((iter_num, flags.to("cpu", non_blocking=True), copied))
-        copied.record()
-        read = []
-        while len(self.pending) > (0 if wait else 1):
-            iter_num, flags, copied = self.pending.pop(0)
+        self.pending.append((iter_num, flags.to("cpu", non_blocking=True), torch.cuda.Event()))
+        self.pending[-1][2].record()
+        done, self.pending = (self.pending, []) if wait else (self.pending[:-1], self.pending[-1:])
+        for _, _, copied in done:
             copied.synchronize()
-            read.append((iter_num, flags.tolist()))
-        return read
+        return [(iter_num, flags.tolist()) for iter_num, flags, _ in done]
 
 
 class StopSignals:
@@ -279,7 +275,6 @@ def lock(out_dir):
 
 class Log:
     """metrics.jsonl, and where wanted Weights & Biases and TensorBoard; the latter two never end a run."""
-
     def __init__(self, settings, silent=False):
         self.others, self.file = [], None  # others: functions of (line, iteration)
         if silent:

@@ -304,8 +304,7 @@ if __name__ == "__main__":
             """Loss, perplexity and, for a whole split of known bytes, bits per byte; as a dict, and printed."""
             split = splits[name]
             count = eval_iters if eval_iters * batch_size < split.n_windows else 0  # 0: the whole split is no more work
-            loss = evaluate(compiled, split.batches(batch_size, count), machine, **options)
-            if loss is None:
+            if (loss := evaluate(compiled, split.batches(batch_size, count), machine, **options)) is None:
                 return None
             ppl, n_bytes = math.exp(min(loss, 99)), meta.get("bytes", {}).get(name)
             bpb = loss * split.n_targets / math.log(2) / n_bytes if n_bytes and not count and split.mask is None else None
@@ -370,10 +369,9 @@ if __name__ == "__main__":
         while True:
             # Outside the training clock: evaluation, a sample, checkpoints.
             paused, better = time.perf_counter(), False
-            if main and not fsdp and iter_num == first_iter + 1:
-                writer.prepare(snapshot())
-            val = evaluate_split("val", asked=stop.look) if due_eval and not stopped else None
-            if val:
+            if main and iter_num == first_iter + 1:
+                writer.prepare(snapshot(), room=not fsdp)
+            if val := due_eval and not stopped and evaluate_split("val", asked=stop.look):
                 due_eval, better = False, val["val_loss"] < best_val_loss
                 best_val_loss, evals_without_gain = (val["val_loss"], 0) if better else (best_val_loss, evals_without_gain + 1)
                 log.write(iter=iter_num, tokens=tokens, elapsed_s=clock + paused, **val)
