@@ -196,7 +196,8 @@ def check_settings(s):
                                "patience target_loss skip_nonfinite eval_iters checkpoint_interval sample_interval beta1 beta2 "
                                "decay_frac muon_lr muon_momentum loss_chunk")}
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
-    wrong += [f"{k}={s[k]} must be at most 1" for k in ("beta1", "beta2", "muon_momentum", "decay_frac") if s[k] > 1]
+    wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2", "muon_momentum") if s[k] >= 1]
+    wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
     wrong += [f"{k}={s[k]!r} is not one of {', '.join(choices)}" for k, choices in
               (("optimizer", ("muon", "adamw")), ("lr_schedule", optim.SCHEDULES)) if s[k] not in choices]
     if s["min_lr"] > s["learning_rate"] or not s["learning_rate"]:

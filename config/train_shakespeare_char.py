@@ -9,8 +9,9 @@ n_layer = 4
 n_head = 4
 n_embd = 128  # 0.82 M parameters with head and embedding
 optimizer = "muon"
-muon_lr = 0.03
-learning_rate = 2e-2  # of embedding, head and vectors; with --optimizer=adamw for all, 3e-3
+muon_lr = 0.045
+muon_momentum = 0.9
+learning_rate = 3e-2  # of embedding, head and vectors; with --optimizer=adamw for all, 3e-3
 min_lr = 0.0
 lr_schedule = "linear"
 decay_frac = 1.0

@@ -10,6 +10,7 @@ n_head = 4
 n_embd = 128  # narrow, for the sake of more tokens: at equal arithmetic a width of 192 ended 0.07 bits per byte higher
 optimizer = "muon"
 muon_lr = 0.03
+muon_momentum = 0.9
 learning_rate = 2e-2
 min_lr = 0.0
 lr_schedule = "linear"
