@@ -109,12 +109,12 @@ def test_a_bad_id_in_the_middle_is_caught_by_its_batch():
             split_of(ids, vocab_size=64).get_batch(i, 1)
 
 
-def test_nanogpts_folders_and_npy_files_are_valid(tmp_path, capsys):
+def test_nanogpts_folders_and_npy_files_are_valid(tmp_path, caplog):
     ids = np.arange(1000) % 500
     ids.astype("<u2").tofile(tmp_path / "train.bin")
     np.save(tmp_path / "val.npy", ids)
     meta = load_meta(tmp_path)
-    assert meta["vocab_size"] == 50257 and meta["dtype"] == "uint16" and "no meta.json" in capsys.readouterr().err
+    assert meta["vocab_size"] == 50257 and meta["dtype"] == "uint16" and "no meta.json" in caplog.text
     for split in ("train", "val"):
         _, tokens, mask = open_split(tmp_path, split, meta, 8)
         assert np.array_equal(tokens, ids) and mask is None
