@@ -1,30 +1,28 @@
 """Files from a URL or from a hub's data-set repository to disk: resumed, verified, retried.
 
-Plain HTTP on the standard library alone. A repository is a listing and some files below
-$HF_ENDPOINT (https://huggingface.co); what a script in it might want to do, nobody asks.
+Plain HTTP. A repository is a listing and some files below $HF_ENDPOINT (https://huggingface.co); what a script in
+it might want to do, nobody asks.
 """
 import hashlib
-import http.client
 import json
 import os
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
+from itertools import chain, islice, repeat, starmap
 from pathlib import Path
+from urllib.parse import quote
 
-from data.reader import import_pyarrow
-from data.writer import Progress, explained
+import requests
+
+from data.reader import documents, import_pyarrow
+from data.tokenizer import Tokenizer
+from data.writer import Progress, explained, split_by_hash, write_documents
 
 ATTEMPTS = 5  # in a row without a byte of progress
 BACKOFF_S = 0.5  # doubled at each of them: 0.5 + 1 + 2 + 4 s
 TIMEOUT_S = 30  # of silence, then the connection counts as dropped
+CHUNK = 1 << 16  # bytes that are lost at most where a connection breaks
 OFFLINE = ("Without a network: `python data/stdlib/prepare.py` needs none, and "
            "`python data/text/prepare.py --input=FILE` takes your own text")
-
-
-class Interrupted(Exception):
-    """A download failed in a way that is worth another attempt."""
 
 
 def download(url, path, sha256=None, size=None):
@@ -43,7 +41,7 @@ def download(url, path, sha256=None, size=None):
         try:
             _fetch(url, part, sha256, size)
             break
-        except Interrupted as error:
+        except requests.RequestException as error:
             reached = part.stat().st_size if part.exists() else 0
             failures = 1 if reached > furthest else failures + 1
             furthest = max(furthest, reached)
@@ -55,7 +53,7 @@ def download(url, path, sha256=None, size=None):
 
 
 def _fetch(url, part, sha256, size):
-    """Bring `part` to the end and verify it. Raises Interrupted or ValueError."""
+    """Bring `part` to the end and verify it. Raises RequestException where another attempt may help, else ValueError."""
     have = part.stat().st_size if part.exists() else 0
     if not have or have != size:
         with _open(url, have) as response:
@@ -64,56 +62,40 @@ def _fetch(url, part, sha256, size):
             length = response.headers.get("Content-Length")
             size = size if size is not None else have + int(length) if length else None
             with Progress(size or 0) as progress, explained(part), open(part, "ab" if resumed else "wb") as f:
-                for chunk in _chunks(response):
+                for chunk in response.iter_content(CHUNK):
                     f.write(chunk)
                     have += len(chunk)
                     progress.done = have
                     progress.show(f"{have / 1e6:,.1f} MB of {part.stem}")
     if size is not None and have < size:
-        raise Interrupted(f"the connection dropped after {have:,} of {size:,} bytes")
+        raise requests.ConnectionError(f"the connection dropped after {have:,} of {size:,} bytes")
     with open(part, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest() if sha256 else None
     if digest != sha256 or size not in (None, have):
         part.unlink()
-        raise Interrupted(f"got {have:,} bytes with sha256 {digest}, expected {size or have:,} with {sha256}")
+        raise requests.ConnectionError(f"got {have:,} bytes with sha256 {digest}, expected {size or have:,} with {sha256}")
 
 
 def _open(url, start):
     """The response to a GET from byte `start` on, with HF_TOKEN for the hub and for nobody else."""
-    request = urllib.request.Request(url, headers={"User-Agent": "bareGPT"})
-    if start:
-        request.add_header("Range", f"bytes={start}-")
+    headers = {"User-Agent": "bareGPT", "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(hub() + "/"):
-        if not (token.isascii() and token.isprintable()):  # http.client would print it in its complaint
+        if not (token.isascii() and token.isprintable()):  # the complaint would print it
             raise ValueError("HF_TOKEN holds characters that no token has: copy it again")
-        # The hub redirects to storage on other hosts; an unredirected header does not go there.
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # what lies in the .part is longer than the file: start again
-            return _open(url, 0)
-        if error.code in (401, 403):
-            raise ValueError(f"{url}: access denied (HTTP {error.code}); for a gated data set accept its terms "
-                             "on the hub and set HF_TOKEN to a token that may read it") from None
-        if error.code not in (408, 429) and error.code < 500:
-            raise ValueError(f"{url}: HTTP {error.code} {error.reason}. {OFFLINE}") from None
-        raise Interrupted(f"HTTP {error.code} {error.reason}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise Interrupted(str(getattr(error, "reason", error)) or type(error).__name__) from None
-
-
-def _chunks(response):
-    """The body; the network's errors become Interrupted, the disk's stay what they are."""
-    while True:
-        try:
-            chunk = response.read(1 << 20)
-        except (OSError, http.client.HTTPException) as error:
-            raise Interrupted(str(error) or type(error).__name__) from None
-        if not chunk:
-            return
-        yield chunk
+        headers["Authorization"] = f"Bearer {token}"  # stays behind where the hub redirects to another host
+    response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S)
+    status = f"HTTP {response.status_code} {response.reason}"
+    if response.status_code == 416 and start:  # what lies in the .part is longer than the file: start again
+        return _open(url, 0)
+    if response.status_code in (401, 403):
+        raise ValueError(f"{url}: access denied ({status}); for a gated data set accept its terms on the hub and set "
+                         "HF_TOKEN to a token that may read it")
+    if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+        raise ValueError(f"{url}: {status}. {OFFLINE}")
+    if response.status_code >= 400:
+        raise requests.ConnectionError(status)
+    return response
 
 
 def hub():
@@ -130,7 +112,7 @@ def hub_shards(repo, folder, into, revision="main"):
     with a network can be prepared again without one.
     """
     import_pyarrow()  # before, not after, the gigabytes
-    revision = urllib.parse.quote(revision, safe="")
+    revision = quote(revision, safe="")
     listing = Path(into, f"{repo} {folder} {revision}.json".replace("/", "--"))
     download(f"{hub()}/api/datasets/{repo}/tree/{revision}/{folder}".rstrip("/") + "?recursive=true", listing)
     shards = []
@@ -139,7 +121,7 @@ def hub_shards(repo, folder, into, revision="main"):
         for path, size, lfs in sorted((entry["path"], entry["size"], entry.get("lfs", {}).get("oid")) for entry in entries):
             local = Path(into, path)
             if local.suffix == ".parquet" and local.resolve().is_relative_to(Path(into).resolve()):
-                shards.append((f"{hub()}/datasets/{repo}/resolve/{revision}/{urllib.parse.quote(path)}", local, lfs, size))
+                shards.append((f"{hub()}/datasets/{repo}/resolve/{revision}/{quote(path)}", local, lfs, size))
     except (ValueError, TypeError, KeyError, AttributeError):
         listing.unlink()
         raise ValueError(f"{hub()} does not answer as a hub does; is HF_ENDPOINT right?") from None
@@ -150,7 +132,18 @@ def hub_shards(repo, folder, into, revision="main"):
     return shards
 
 
-def fetched(shards, progress):
-    """The shards' local paths, each downloaded only when its turn comes; adds their sizes to `progress.total`."""
-    progress.total += sum(size for *_, size in shards)
-    return (download(*shard) for shard in shards)
+def write_hub(out, into, repo, folder, revision, tokenizer, limit, named=None, val_fraction=0.0, shards=0, join=iter):
+    """Write the data set `out` from the parquet files below `folder` of a repository, kept in `into`; each is downloaded
+    only when its turn comes.
+
+    named: {split: how the names of its files begin}, `limit` documents of each; without it `shards` files, or all for 0,
+    whose documents a hash divides, `val_fraction` of them for val. join: rows to documents.
+    """
+    progress, encoder, parts = Progress(), Tokenizer.load(tokenizer), []
+    files = hub_shards(repo, folder, into, revision)[:shards or None]
+    for split, name in (named or {"": ""}).items():
+        mine = [shard for shard in files if shard[1].name.startswith(name)]
+        progress.total += sum(size for *_, size in mine)
+        texts = islice(join(documents(starmap(download, mine), progress)), limit or None)
+        parts.append(zip(repeat(split), texts) if named else ((split_by_hash(text, val_fraction), text) for text in texts))
+    write_documents(out or Path(into).parent, chain.from_iterable(parts), encoder, progress, limit * (not named))

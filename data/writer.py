@@ -31,9 +31,7 @@ def split_by_hash(key, val_fraction, test_fraction=0.0):
     key = key if isinstance(key, bytes) else key.encode("utf-8")
     digest = hashlib.blake2b(key, digest_size=8).digest()
     u = int.from_bytes(digest, "little") / 2**64  # uniform in [0, 1)
-    if u < val_fraction:
-        return "val"
-    return "test" if u < val_fraction + test_fraction else "train"
+    return "val" if u < val_fraction else "test" if u < val_fraction + test_fraction else "train"
 
 
 class Progress:
@@ -67,7 +65,9 @@ def explained(path):
     try:
         yield
     except OSError as error:
-        raise OSError(f"{path}: {error.strerror or error}; nothing was written under its final name, "
+        if error.errno is None:  # not the disk's: what goes wrong in a network is an OSError, too
+            raise
+        raise OSError(f"{path}: {error.strerror}; nothing was written under its final name, "
                       "free some space or choose another folder and run the command again") from None
 
 

@@ -89,7 +89,7 @@ def test_dropped_connections_resume_where_they_broke(server, tmp_path):
     path = download.download(server.url + "/a", tmp_path / "a", sha(BODY), len(BODY))
     assert path.read_bytes() == BODY
     starts = [int(r.removeprefix("bytes=").rstrip("-")) for _, r, _ in server.requests if r]
-    assert len(starts) == 8 and starts == sorted(starts) and starts[0] == len(BODY) // 2
+    assert len(starts) == 8 and starts == sorted(starts) and 0 <= len(BODY) // 2 - starts[0] < download.CHUNK
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -146,7 +146,7 @@ def test_a_silent_server_counts_as_dropped(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
     server.files["/a"], server.stall = BODY, {"/a"}
     assert download.download(server.url + "/a", tmp_path / "a", sha(BODY)).read_bytes() == BODY
-    assert [r for _, r, _ in server.requests] == [None, f"bytes={2**20}-"]  # the last whole chunk before the silence
+    assert [r for _, r, _ in server.requests] == [None, f"bytes={len(BODY) // 2 // download.CHUNK * download.CHUNK}-"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, where every write finds the disk full")

@@ -10,10 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, user_errors
-from data.download import fetched, hub_shards
-from data.reader import documents
-from data.tokenizer import Tokenizer
-from data.writer import Progress, split_by_hash, write_documents
+from data.download import write_hub
 
 repo = "HuggingFaceFW/fineweb-edu"  # on the hub ($HF_ENDPOINT); HuggingFaceFW/fineweb has the same layout
 subset = "sample/10BT"  # folder in it: sample/100BT, data/CC-MAIN-2024-10, ...
@@ -27,8 +24,5 @@ out = ""  # folder to write to; empty means beside this file
 if __name__ == "__main__":
     configure(globals())
     with user_errors():
-        folder, progress, encoder = Path(__file__).parent, Progress(), Tokenizer.load(tokenizer)
-        files = hub_shards(repo, subset, folder / "download", revision)[: shards or None]
-        texts = documents(fetched(files, progress), progress)
-        split = ((split_by_hash(text, val_fraction), text) for text in texts)
-        write_documents(out or folder, split, encoder, progress, limit)
+        into = Path(__file__).parent / "download"
+        write_hub(out, into, repo, subset, revision, tokenizer, limit, val_fraction=val_fraction, shards=shards)

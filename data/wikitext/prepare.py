@@ -7,15 +7,11 @@ The one parquet reader is pyarrow (pip install pyarrow). What was downloaded sta
 """
 import re
 import sys
-from itertools import chain, islice, repeat
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, user_errors
-from data.download import fetched, hub_shards
-from data.reader import documents
-from data.tokenizer import Tokenizer
-from data.writer import Progress, write_documents
+from data.download import write_hub
 
 repo = "Salesforce/wikitext"  # on the hub ($HF_ENDPOINT)
 size = 103  # or 2
@@ -42,11 +38,6 @@ def articles(rows):
 if __name__ == "__main__":
     configure(globals())
     with user_errors():
-        folder, progress, encoder = Path(__file__).parent, Progress(), Tokenizer.load(tokenizer)
-        files = hub_shards(repo, f"wikitext-{size}-raw-v1", folder / "download", revision)
-        splits = []
-        for split, name in (("val", "validation"), ("test", "test"), ("train", "train")):
-            shards = [shard for shard in files if shard[1].name.startswith(name)]
-            texts = articles(documents(fetched(shards, progress), progress))
-            splits.append(zip(repeat(split), islice(texts, limit or None)))
-        write_documents(out or folder, chain.from_iterable(splits), encoder, progress)
+        into = Path(__file__).parent / "download"
+        write_hub(out, into, repo, f"wikitext-{size}-raw-v1", revision, tokenizer, limit,
+                  {"val": "validation", "test": "test", "train": "train"}, join=articles)
