@@ -37,6 +37,7 @@ optimizer = "muon"          # Muon for the blocks' matrices, AdamW for the rest;
 learning_rate = 6e-4        # AdamW's peak
 muon_lr = 0.02              # Muon's
 muon_momentum = 0.95        # with few tokens an iteration 0.9 is better
+lr_tokens = 0               # tokens per iteration that both rates are meant for; for others they change with the root. 0: for any
 weight_decay = 0.1          # AdamW's, on tensors of two or more dimensions; Muon's matrices are not decayed
 beta1 = 0.9
 beta2 = 0.95
@@ -194,7 +195,7 @@ def check_settings(s):
               "at least 2, for the newest may turn out damaged": (2, "keep_checkpoints"),
               "0 or more": (0, "learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters max_epochs max_hours "
                                "patience target_loss skip_nonfinite eval_iters checkpoint_interval sample_interval beta1 beta2 "
-                               "decay_frac muon_lr muon_momentum loss_chunk")}
+                               "decay_frac muon_lr muon_momentum lr_tokens loss_chunk")}
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2", "muon_momentum") if s[k] >= 1]
     wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
@@ -260,8 +261,11 @@ if __name__ == "__main__":
         if origin:
             raw_model.load_state_dict(state["model"])
         machine.place(raw_model)
-        optimizers = optim.configure_optimizers(raw_model, optimizer, learning_rate, muon_lr, muon_momentum,
-                                                weight_decay, beta1, beta2)
+        rows_per_iter = gradient_accumulation_steps * batch_size  # over all ranks
+        tokens_per_iter = rows_per_iter * block_size
+        lr_scale = (tokens_per_iter / (lr_tokens or tokens_per_iter)) ** 0.5
+        optimizers = optim.configure_optimizers(raw_model, optimizer, lr_scale * learning_rate, lr_scale * muon_lr,
+                                                muon_momentum, weight_decay, beta1, beta2)
         scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
 
         # Where the run stands, and where it goes.
@@ -278,8 +282,6 @@ if __name__ == "__main__":
             near = {max(1, gradient_accumulation_steps // machine.world_size + i) * machine.world_size for i in (0, 1)}
             raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be dealt evenly to "
                              f"{machine.world_size} ranks; {' or '.join(map(str, sorted(near)))} can")
-        rows_per_iter = gradient_accumulation_steps * batch_size  # over all ranks
-        tokens_per_iter = rows_per_iter * block_size
         end, wide = max_iters, len(f"{max_iters:,}")
         if max_epochs:
             end = min(end, iter_num + max(0, math.ceil((max_epochs * train_data.n_windows - cursor) / rows_per_iter)))
@@ -299,7 +301,7 @@ if __name__ == "__main__":
             + (f"\nresume     {path} at iteration {iter_num:,}" if resuming else ""))
         say("\n".join(machine.describe()))
 
-        model = compiled = raw_model.train()
+        compiled = raw_model.train()
 
         def evaluate_split(name, **options):
             """Loss, perplexity and, for a whole split of known bytes, bits per byte; as a dict, and printed."""
@@ -399,8 +401,7 @@ if __name__ == "__main__":
             parts = [micro_step(micro) for micro in range(machine.rank, gradient_accumulation_steps, machine.world_size)]
             count = sum(n for _, n in parts)
             if train_data.mask is not None:  # from the mean over nominal to the mean over actual targets
-                scale = tokens_per_iter / max(1, machine.sum(count)[0])
-                torch._foreach_mul_([p.grad for p in raw_model.parameters()], scale)
+                torch._foreach_mul_([p.grad for p in raw_model.parameters()], tokens_per_iter / max(1, machine.sum(count)[0]))
             for opt in optimizers:
                 scaler.unscale_(opt)
             grad_norm = optim.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
@@ -437,10 +438,10 @@ if __name__ == "__main__":
                 mfu = tok_per_s * raw_model.flops_per_token() / machine.peak_flops() if machine.peak_flops() else None
                 eta = (now - elapsed_s) / (iter_num - first_iter) * (end - iter_num)
                 last = iter_num, now
-                say(f"iter {iter_num:{wide},}/{end:,}  loss {train_loss:.4f}  lr {learning_rate * factor:.2e}  "
+                say(f"iter {iter_num:{wide},}/{end:,}  loss {train_loss:.4f}  lr {lr_scale * learning_rate * factor:.2e}  "
                     f"norm {grad_norm:5.2f}  {tok_per_s:9,.0f} tok/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  eta {duration(eta)}")
-                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=train_loss, lr=learning_rate * factor,
-                          grad_norm=float(grad_norm), tok_per_s=tok_per_s, mfu=mfu)
+                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=train_loss,
+                          lr=lr_scale * learning_rate * factor, grad_norm=float(grad_norm), tok_per_s=tok_per_s, mfu=mfu)
 
         writer.wait()
         if stopped:  # by max_hours, or a signal's number

@@ -12,6 +12,7 @@ optimizer = "muon"
 muon_lr = 0.045
 muon_momentum = 0.9
 learning_rate = 3e-2  # of embedding, head and vectors; with --optimizer=adamw for all, 3e-3
+lr_tokens = 768  # the rates of another batch_size follow
 min_lr = 0.0
 lr_schedule = "linear"
 decay_frac = 1.0

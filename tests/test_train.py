@@ -115,6 +115,16 @@ def test_schedules(schedule):
     assert lr_factor(0, schedule, warmup_iters=0, decay_end=10, decay_frac=1, floor=0) == 1
 
 
+def test_rates_change_with_the_root_of_the_tokens_of_an_iteration(tmp_path, data):
+    """TINY has 2 micro-batches * 4 rows * 16 = 128 tokens."""
+    peaks = {}
+    for tokens in (0, 128, 32):
+        printed = ok(train(tmp_path / str(tokens), data, f"--lr_tokens={tokens}", "--max_iters=6"))
+        peaks[tokens] = max(m["lr"] for m in metrics(tmp_path / str(tokens)) if "lr" in m)
+        assert ("lr 4.00e-02" in printed) == (tokens == 32)  # Muon's in the table
+    assert peaks[0] == peaks[128] == pytest.approx(1e-2) and peaks[32] == pytest.approx(2e-2)
+
+
 def test_only_matrices_are_decayed():
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, bias=True, norm="layernorm", vocab_size=64, block_size=16))
