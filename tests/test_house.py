@@ -58,7 +58,8 @@ def test_the_readmes_commands_exist():
     commands = re.findall(r"python ((?:[\w/]+/)?\w+\.py)((?: +(?:config/\S+|--[a-z]\S*))*)", text)
     assert len(commands) > 10
     for script, arguments in commands:
-        source = (ROOT / script).read_text(encoding="utf-8")
+        owner = "train.py" if script == "tests/bench_overhead.py" else script  # which hands its flags on
+        source = (ROOT / owner).read_text(encoding="utf-8")
         for argument in re.findall(r"config/\w+\.py", arguments):
             assert (ROOT / argument).is_file()
         for key in re.findall(r"--(\w+)", arguments):
