@@ -8,7 +8,6 @@ import os
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from logging import getLogger
 from pathlib import Path
 

@@ -86,7 +86,7 @@ if __name__ == "__main__":  # here, before the seconds that torch takes to impor
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save until training begins
     logging.getLogger("bareGPT").disabled = os.environ.get("RANK", "0") != "0"  # one rank's warnings are enough
 
-import math, mmap, sys, time
+import math, mmap, time
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
