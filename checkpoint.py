@@ -3,7 +3,6 @@
 A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts. ckpt_<iteration>.pt are a run's steps,
 best.pt is the one with the lowest validation loss.
 """
-import json
 import os
 import time
 import zipfile
@@ -26,7 +25,7 @@ def write(state, path):
     temporary = path.with_name(path.name + ".tmp")
     for name, weight in state["model"].items():
         if not (weight.sum().isfinite() or weight.isfinite().all()):  # a sum is quick, but can overflow by itself
-            raise ValueError(f"{path} was not written, for {name} is not finite; lower --learning_rate, then --init_from=resume")
+            raise ValueError(f"{path} was not written: {name} is not finite; lower --learning_rate, then --init_from=resume")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -68,14 +67,7 @@ def read(path):
             raise ValueError("it holds no model")
         return state
     except Exception as error:  # whatever zipfile and torch raise for the ways in which bytes can be wrong
-        raise ValueError(f"{path} is not a sound checkpoint: {str(error).splitlines()[0] if str(error) else error!r}") from None
-
-
-def write_json(value, path):
-    """Write JSON as `write` writes checkpoints: whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+        raise ValueError(f"{path} is not a sound checkpoint: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def steps(out_dir):
@@ -92,13 +84,26 @@ def newest_sound(out_dir):
         except ValueError as error:
             getLogger("bareGPT").warning(f"warning: {error}; trying the one before")
     if steps(out_dir):
-        raise ValueError(f"no checkpoint in {out_dir} is sound; --init_from={out_dir}/best.pt starts from the best weights, "
-                         "another --out_dir from scratch")
+        raise ValueError(f"no checkpoint in {out_dir} is sound; --init_from={out_dir}/best.pt starts from the best "
+                         "weights, another --out_dir from scratch")
     return None
 
 
+def origin(init_from, out_dir):
+    """What a run starts from: (path, checkpoint, whether it is a resume), or (None, None, False) for a new run.
+    Raises ValueError where `init_from` names nothing that is there and sound."""
+    if init_from not in ("scratch", "resume", "auto"):
+        if not Path(init_from).is_file():
+            raise ValueError(f"init_from={init_from!r} is neither 'scratch', 'resume', 'auto' nor a checkpoint file")
+        return Path(init_from), read(init_from), False
+    found = newest_sound(out_dir) if init_from != "scratch" else None
+    if init_from == "resume" and not found:
+        raise ValueError(f"out_dir={str(out_dir)!r} holds nothing to resume; --init_from=auto would start from scratch")
+    return (*found, True) if found else (None, None, False)
+
+
 def save(out_dir, state, keep, best=False):
-    """Write ckpt_<iter_num>.pt, as best.pt too where it is the best; of all steps the `keep` newest stay. Returns the path."""
+    """Write ckpt_<iter_num>.pt, also as best.pt where it is the best; the `keep` newest stay. Returns the path."""
     path = Path(out_dir) / f"ckpt_{state['iter_num']:08d}.pt"
     write(state, path)
     damaged = [p for p in steps(out_dir) if p > path]  # ahead of the run, which resumed behind them
@@ -127,7 +132,7 @@ class Writer:
         self.main, self.job, self.copies = main, None, {}
 
     def prepare(self, state, room=True):
-        """Make room for the copies in the thread, for fresh memory takes longer than the copy itself; and estimate a write."""
+        """Estimate a write, and make room for the copies in the thread: fresh memory takes longer than the copy itself."""
         self.job = self.job or (self.pool.submit(self.copy, state, {}) if room else None)
         n_bytes = 3 * sum(weight.nbytes for weight in state["model"].values())  # AdamW's state is as large as two models
         self.seconds = self.seconds or n_bytes / 100e6  # not measured yet: say 100 MB/s
@@ -151,8 +156,7 @@ class Writer:
         value = getattr(value, "full_tensor", lambda: value)()  # what FSDP has sharded is gathered, one tensor at a time
         key = local.data_ptr(), value.shape  # a matrix that two names share is copied, and written, once
         if self.main and key not in self.copies:
-            room = kept.get(key)
-            room = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda) if room is None else room
+            room = kept[key] if key in kept else torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
             self.copies[key] = room.copy_(value, non_blocking=True)
         return self.copies.get(key)
 
@@ -171,7 +175,8 @@ class Writer:
 def set_aside(out_dir):
     """Move an earlier run's files, if there are any, into a folder of their own inside out_dir, and say so."""
     out_dir = Path(out_dir)
-    files = [p for p in (*steps(out_dir), *(out_dir / n for n in ("best.pt", "config.json", "metrics.jsonl"))) if p.exists()]
+    others = [out_dir / name for name in ("best.pt", "config.json", "metrics.jsonl")]
+    files = steps(out_dir) + [p for p in others if p.exists()]
     if not files:
         return
     taken = [int(p.name[7:]) for p in out_dir.glob("before_*") if p.name[7:].isdecimal()]
@@ -188,11 +193,8 @@ def load_model(path_or_out_dir, device="cpu"):
     Raises ValueError or FileNotFoundError that names what is missing or broken.
     """
     path = Path(path_or_out_dir)
-    if (path / "best.pt").exists():
-        path = path / "best.pt"
-    _, state = (newest_sound(path) or (None, None)) if path.is_dir() else (path, read(path))
-    if state is None:
-        raise FileNotFoundError(f"there is no checkpoint in {path}; train one, or name another --out_dir")
+    best = path / "best.pt"
+    state = read(best) if best.exists() else origin("resume", path)[1] if path.is_dir() else read(path)
     model = GPT(GPTConfig(**state["model_args"]))
     model.load_state_dict(state["model"])
     return model.to(device).eval(), state

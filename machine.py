@@ -274,12 +274,15 @@ def lock(out_dir):
 
 
 class Log:
-    """metrics.jsonl, and where wanted Weights & Biases and TensorBoard; the latter two never end a run."""
-    def __init__(self, settings, silent=False):
+    """config.json, metrics.jsonl, and where wanted Weights & Biases and TensorBoard; the latter two never end a run."""
+    def __init__(self, settings, environment, silent=False):
         self.others, self.file = [], None  # others: functions of (line, iteration)
         if silent:
             return
-        self.path = Path(settings["out_dir"]) / "metrics.jsonl"
+        config = Path(settings["out_dir"], "config.json")
+        config.with_suffix(".tmp").write_text(json.dumps({"settings": settings, "environment": environment}, indent=1) + "\n")
+        os.replace(config.with_suffix(".tmp"), config)  # whole or not at all
+        self.path = config.with_name("metrics.jsonl")
         self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for wanted, start in (("wandb_log", start_wandb), ("tensorboard_log", start_tensorboard)):
             try:

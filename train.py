@@ -37,12 +37,12 @@ optimizer = "muon"          # Muon for the blocks' matrices, AdamW for the rest;
 learning_rate = 6e-4        # AdamW's peak
 muon_lr = 0.02              # Muon's
 muon_momentum = 0.95        # with few tokens an iteration 0.9 is better
-lr_tokens = 0               # tokens per iteration that both rates are meant for; for others they change with the root. 0: for any
+lr_tokens = 0               # tokens per iteration that both rates are for; with others they change by the root; 0: for any
 weight_decay = 0.1          # AdamW's, on tensors of two or more dimensions; Muon's matrices are not decayed
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0             # largest norm of the whole gradient; 0: no clipping
-skip_nonfinite = 0          # iterations in a row that may be left out for a gradient that is not finite; one more ends the run
+skip_nonfinite = 0          # iterations in a row that may be left out, as their gradient is not finite; one more ends the run
 # the schedule
 lr_schedule = "cosine"      # or 'linear', 'wsd' (warm up, stay, decay as 1 - sqrt), 'constant'; all warm up
 warmup_iters = 2000         # iterations from 1/warmup_iters of the peak up to the peak
@@ -144,7 +144,7 @@ class Split:
         if rows.max() >= self.vocab_size or rows.min() < 0:
             wrong = (rows >= self.vocab_size) | (rows < 0)
             raise ValueError(f"{self.path}: token id {rows[wrong][0]} in the {self.block_size + 1} tokens from "
-                             f"{starts[wrong.any(1)][0]} on does not fit vocab_size={self.vocab_size}; prepare the data again")
+                             f"{starts[wrong.any(1)][0]} on is not below vocab_size={self.vocab_size}; prepare it again")
         rows = torch.from_numpy(rows.astype(np.int64))
         x, y = rows[:, :-1], rows[:, 1:]
         if self.mask is not None:
@@ -193,9 +193,9 @@ def check_settings(s):
     """Raise one ValueError that lists every setting whose value cannot be."""
     ranges = {"at least 1": (1, "batch_size gradient_accumulation_steps max_iters eval_interval log_interval timeout_s"),
               "at least 2, for the newest may turn out damaged": (2, "keep_checkpoints"),
-              "0 or more": (0, "learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters max_epochs max_hours "
-                               "patience target_loss skip_nonfinite eval_iters checkpoint_interval sample_interval beta1 beta2 "
-                               "decay_frac muon_lr muon_momentum lr_tokens loss_chunk")}
+              "0 or more": (0, "learning_rate min_lr muon_lr muon_momentum lr_tokens weight_decay beta1 beta2 grad_clip "
+                               "skip_nonfinite warmup_iters lr_decay_iters decay_frac max_epochs max_hours target_loss "
+                               "patience eval_iters checkpoint_interval sample_interval loss_chunk")}
     wrong = [f"{k}={s[k]} must be {words}" for words, (least, keys) in ranges.items() for k in keys.split() if s[k] < least]
     wrong += [f"{k}={s[k]} must be below 1" for k in ("beta1", "beta2", "muon_momentum") if s[k] >= 1]
     wrong += [f"decay_frac={s['decay_frac']} must be at most 1"] if s["decay_frac"] > 1 else []
@@ -210,18 +210,8 @@ def check_settings(s):
 if __name__ == "__main__":
     with user_errors(), explained(globals()):
         # What to start from. A resume begins with its run's settings, and the command line is applied on top of them.
-        origin = None
-        if init_from in ("resume", "auto"):
-            origin = checkpoint.newest_sound(out_dir)
-            if origin is None and init_from == "resume":
-                raise ValueError(f"out_dir={out_dir!r} holds nothing to resume; --init_from=auto would start from scratch")
-        elif init_from != "scratch":
-            if not Path(init_from).is_file():
-                raise ValueError(f"init_from={init_from!r} is neither 'scratch', 'resume', 'auto' nor a checkpoint file")
-            origin = Path(init_from), checkpoint.read(init_from)
-        resuming = origin is not None and init_from in ("resume", "auto")
-        if origin:
-            path, state = origin
+        path, state, resuming = checkpoint.origin(init_from, out_dir)
+        if state:
             of_this_process = ("out_dir", "init_from", "dry_run", "eval_only", "change_data")
             its_own = {k: v for k, v in state["config"].items() if k not in of_this_process}
             settings = configure(globals(), start_from=its_own if resuming else state["model_args"])
@@ -246,19 +236,19 @@ if __name__ == "__main__":
 
         # The model and its optimizer.
         asked_for = {k: v for k, v in settings.items() if k in GPTConfig.__dataclass_fields__}
-        config = GPTConfig(**(state["model_args"] if origin else {}) | asked_for | {"vocab_size": meta["vocab_size"]})
-        if origin:
+        config = GPTConfig(**(state["model_args"] if state else {}) | asked_for | {"vocab_size": meta["vocab_size"]})
+        if state:
             if differ := GPTConfig(**state["model_args"]).differences(config):
                 raise ValueError(f"{path} has another architecture: {differ}; drop the flag, or start from scratch")
             if state["tokenizer"] != tokenizer:
-                raise ValueError(f"{path} was trained with another tokenizer than {folder} has; prepare the data with that one")
+                raise ValueError(f"{path} has another tokenizer than {folder}; prepare the data with the checkpoint's")
             if resuming and state["dataset_fingerprint"] != data_id and not change_data:
-                raise ValueError(f"{path} was trained on other data than {folder}; --change_data goes on with this all the same")
+                raise ValueError(f"{path} was trained on other data than {folder}; --change_data goes on all the same")
         check_causality(config)
         torch.manual_seed(seed)
         raw_model = GPT(config)
         raw_model.gradient_checkpointing, raw_model.loss_chunk = gradient_checkpointing, loss_chunk
-        if origin:
+        if state:
             raw_model.load_state_dict(state["model"])
         machine.place(raw_model)
         rows_per_iter = gradient_accumulation_steps * batch_size  # over all ranks
@@ -277,11 +267,11 @@ if __name__ == "__main__":
             iter_num, cursor, tokens, elapsed_s = (state[k] for k in ("iter_num", "cursor", "tokens", "elapsed_s"))
             best_val_loss, evals_without_gain = state["best_val_loss"], state["evals_without_gain"]
             due_eval = due_save = val_data and state.get("eval_due")  # a signal came before its end
-        origin = state = None  # a copy of the model and its optimizer less
+        state = None  # a copy of the model and its optimizer less
         if gradient_accumulation_steps % machine.world_size:
             near = {max(1, gradient_accumulation_steps // machine.world_size + i) * machine.world_size for i in (0, 1)}
-            raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be dealt evenly to "
-                             f"{machine.world_size} ranks; {' or '.join(map(str, sorted(near)))} can")
+            raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches cannot be dealt evenly "
+                             f"to {machine.world_size} ranks; {' or '.join(map(str, sorted(near)))} can")
         end, wide = max_iters, len(f"{max_iters:,}")
         if max_epochs:
             end = min(end, iter_num + max(0, math.ceil((max_epochs * train_data.n_windows - cursor) / rows_per_iter)))
@@ -289,15 +279,16 @@ if __name__ == "__main__":
             claim = lock(out_dir)  # held until the process ends
             if not resuming:
                 checkpoint.set_aside(out_dir)
-            checkpoint.write_json({"settings": settings, "environment": machine.environment()}, Path(out_dir) / "config.json")
 
         # What is about to happen.
-        say(f"model      {raw_model.num_params():,} parameters, {raw_model.flops_per_token() / 1e6:,.1f} M operations a token")
+        flops_per_token = raw_model.flops_per_token()
+        say(f"model      {raw_model.num_params():,} parameters, {flops_per_token / 1e6:,.1f} M operations a token")
         say("\n".join(f"           {line}" for line in optim.describe(optimizers)))
         say("\n".join(f"{name:10} {len(split.tokens):,} tokens, {split.path}" for name, split in splits.items()))
-        say(f"iteration  {tokens_per_iter:,} tokens = {gradient_accumulation_steps} micro-batches * {batch_size} rows * {block_size}")
-        say(f"run        {end:,} iterations = {end * tokens_per_iter:,} tokens = "
-            f"{end * rows_per_iter / train_data.n_windows:,.2f} epochs"
+        say(f"iteration  {tokens_per_iter:,} tokens = {gradient_accumulation_steps} micro-batches"
+            f" * {batch_size} rows * {block_size}")
+        say(f"run        {end:,} iterations = {end * tokens_per_iter:,} tokens ="
+            f" {end * rows_per_iter / train_data.n_windows:,.2f} epochs"
             + (f"\nresume     {path} at iteration {iter_num:,}" if resuming else ""))
         say("\n".join(machine.describe()))
 
@@ -320,7 +311,7 @@ if __name__ == "__main__":
                 evaluate_split(name)
             machine.close()
 
-        log = Log(settings, silent=dry_run or not main)
+        log = Log(settings, machine.environment(), silent=dry_run or not main)
         clock = elapsed_s - time.perf_counter()  # clock + perf_counter(): the seconds spent training, all sessions together
         compiled = machine.try_compile(raw_model, *map(machine.to_device, train_data.get_batch(cursor, batch_size)))
         model = machine.parallel(compiled)
@@ -352,21 +343,23 @@ if __name__ == "__main__":
             seconds = (between - began) * gradient_accumulation_steps / machine.world_size + time.perf_counter() - between
             say(f"dry run    {seconds:.3g} s an iteration, {tokens_per_iter / seconds:,.0f} tokens/s, "
                 f"{duration(seconds * (end - iter_num))} in all; {machine.peak_gib():.2f} GiB at the peak")
-            parts = memory(raw_model, batch_size, optimizer, machine.dtype.itemsize, machine.shards, gradient_accumulation_steps)
+            parts = memory(raw_model, batch_size, optimizer, machine.dtype.itemsize, machine.shards,
+                           gradient_accumulation_steps)
             say("memory     " + ", ".join(f"{k} {v / 2**30:,.2f}" for k, v in parts.items()) + " GiB a rank (estimated)")
             machine.close()
 
         def snapshot():
             """This moment as a checkpoint."""
-            return {"model": raw_model.state_dict(), "model_args": asdict(config), "optimizer": optim.state_by_name(optimizers),
-                    "scaler": scaler.state_dict(), "iter_num": iter_num, "cursor": cursor, "tokens": tokens,
-                    "elapsed_s": clock + paused, "best_val_loss": best_val_loss, "evals_without_gain": evals_without_gain,
-                    "eval_due": bool(due_eval), "config": settings, "tokenizer": tokenizer, "dataset_fingerprint": data_id}
+            return {"model": raw_model.state_dict(), "model_args": asdict(config),
+                    "optimizer": optim.state_by_name(optimizers), "scaler": scaler.state_dict(),
+                    "iter_num": iter_num, "cursor": cursor, "tokens": tokens, "elapsed_s": clock + paused,
+                    "best_val_loss": best_val_loss, "evals_without_gain": evals_without_gain, "eval_due": bool(due_eval),
+                    "config": settings, "tokenizer": tokenizer, "dataset_fingerprint": data_id}
 
         writer = checkpoint.Writer(path if resuming else None, main)
         stop, flags = StopSignals(started, max_hours, writer), LateFlags(machine)
         streak = torch.zeros(1, device=machine.device)  # iterations in a row with a gradient that is not finite
-        skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # at each of them a scaler halves its scale, from 2^16 at first
+        skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # each halves a scaler's scale, which begins at 2^16
         first_iter, floor, last = iter_num, min_lr / learning_rate, (iter_num, elapsed_s)  # last: when the log last spoke
         reason = f"{end:,} iterations are done already; a higher --max_iters goes on" if iter_num >= end else ""
         while True:
@@ -374,16 +367,18 @@ if __name__ == "__main__":
             paused, better = time.perf_counter(), False
             if main and iter_num == first_iter + 1:
                 writer.prepare(snapshot(), room=not fsdp)
-            if val := due_eval and not stopped and evaluate_split("val", asked=stop.look):
+            val = evaluate_split("val", asked=stop.look) if due_eval and not stopped else None
+            if val:
                 due_eval, better = False, val["val_loss"] < best_val_loss
-                best_val_loss, evals_without_gain = (val["val_loss"], 0) if better else (best_val_loss, evals_without_gain + 1)
+                best_val_loss = min(val["val_loss"], best_val_loss)
+                evals_without_gain = 0 if better else evals_without_gain + 1
                 log.write(iter=iter_num, tokens=tokens, elapsed_s=clock + paused, **val)
                 if val["val_loss"] <= target_loss:
                     reason = f"target_loss={target_loss:g} is reached"
                 elif patience and evals_without_gain >= patience:
                     reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
-            elif due_eval:  # it stays due, and the resume begins with it
-                (_, (_, stopped)), = flags.push(iter_num, streak, stop.look(), wait=True)
+            elif due_eval:  # a signal came first, or amid it: it stays due, and the resume begins with it
+                _, (_, stopped) = flags.push(iter_num, streak, stop.look(), wait=True)[-1]
             if sample_interval and iter_num % sample_interval == 0 and iter_num > first_iter and not stopped:
                 with machine.autocast():  # a new document; under FSDP all ranks have to write it
                     sample = raw_model.generate(torch.full((1, 1), reader.eot or 0, device=machine.device),
@@ -401,7 +396,8 @@ if __name__ == "__main__":
             parts = [micro_step(micro) for micro in range(machine.rank, gradient_accumulation_steps, machine.world_size)]
             count = sum(n for _, n in parts)
             if train_data.mask is not None:  # from the mean over nominal to the mean over actual targets
-                torch._foreach_mul_([p.grad for p in raw_model.parameters()], tokens_per_iter / max(1, machine.sum(count)[0]))
+                gradients = [p.grad for p in raw_model.parameters()]
+                torch._foreach_mul_(gradients, tokens_per_iter / max(1, machine.sum(count)[0]))
             for opt in optimizers:
                 scaler.unscale_(opt)
             grad_norm = optim.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
@@ -428,20 +424,20 @@ if __name__ == "__main__":
                     say(f"iter {at:{wide},}/{end:,}  skipped, for the gradient is not finite ({bad:.0f} in a row)")
             writer.wait(block=False)  # raises what went wrong in the thread
             if iter_num >= end:
-                reason = f"max_iters={max_iters:,} is reached" if end == max_iters else f"max_epochs={max_epochs:g} is reached"
+                reason = (f"max_iters={max_iters:,}" if end == max_iters else f"max_epochs={max_epochs:g}") + " is reached"
 
             if iter_num % log_interval == 0 or due_eval or reason or stopped:
                 nats, count = machine.sum(sum(float(part) for part, _ in parts), count)
                 train_loss = nats / max(1, count)
                 now = clock + time.perf_counter()
                 tok_per_s = (iter_num - last[0]) * tokens_per_iter / (now - last[1])
-                mfu = tok_per_s * raw_model.flops_per_token() / machine.peak_flops() if machine.peak_flops() else None
+                mfu = tok_per_s * flops_per_token / machine.peak_flops() if machine.peak_flops() else None
                 eta = (now - elapsed_s) / (iter_num - first_iter) * (end - iter_num)
-                last = iter_num, now
-                say(f"iter {iter_num:{wide},}/{end:,}  loss {train_loss:.4f}  lr {lr_scale * learning_rate * factor:.2e}  "
-                    f"norm {grad_norm:5.2f}  {tok_per_s:9,.0f} tok/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  eta {duration(eta)}")
-                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=train_loss,
-                          lr=lr_scale * learning_rate * factor, grad_norm=float(grad_norm), tok_per_s=tok_per_s, mfu=mfu)
+                lr, last = lr_scale * learning_rate * factor, (iter_num, now)
+                say(f"iter {iter_num:{wide},}/{end:,}  loss {train_loss:.4f}  lr {lr:.2e}  norm {grad_norm:5.2f}"
+                    f"  {tok_per_s:9,.0f} tok/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  eta {duration(eta)}")
+                log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=train_loss, lr=lr,
+                          grad_norm=float(grad_norm), tok_per_s=tok_per_s, mfu=mfu)
 
         writer.wait()
         if stopped:  # by max_hours, or a signal's number
