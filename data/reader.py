@@ -3,10 +3,8 @@
 Every error names the file and the place in it: a line, a byte offset, a column.
 """
 import gzip
-import hashlib
 import json
 import re
-import sys
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -43,17 +41,6 @@ def kind(path):
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-def read_text(path, expect_sha256=None):
-    """The whole file as text, byte for byte (no newline is translated); a surprising checksum is only said."""
-    data = Path(path).read_bytes()
-    if not data:
-        raise ValueError(f"{path} is empty: name a file with text in it")
-    text = decode(data, path)
-    if expect_sha256 and hashlib.sha256(data).hexdigest() != expect_sha256:
-        print(f"warning: {path} is not the usual copy (its sha256 differs); it is used all the same", file=sys.stderr)
-    return text
-
-
 def decode(data, path, offset=0):
     """`data`, which stands at byte `offset` of `path`, as text; ValueError where it is not UTF-8."""
     try:
@@ -79,16 +66,11 @@ def documents(paths, progress, key="text"):
         progress.done = start + path.stat().st_size
 
 
-def import_pyarrow():
+def _parquet(path, column):
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise ModuleNotFoundError("reading parquet needs a package that is not installed: pip install pyarrow") from None
-    return pyarrow
-
-
-def _parquet(path, column):
-    pyarrow = import_pyarrow()
     try:
         file = pyarrow.parquet.ParquetFile(path)
         size, rows, row = path.stat().st_size, file.metadata.num_rows, 0
