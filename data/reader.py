@@ -1,22 +1,17 @@
-"""Documents out of files: text, .jsonl, parquet, token ids; as a stream, in constant memory.
+"""Documents out of files: text, .jsonl, parquet; as a stream, in constant memory.
 
 Every error names the file and the place in it: a line, a byte offset, a column.
 """
 import gzip
-import hashlib
 import json
 import re
-import sys
-import zipfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 MAX_TEXT = 1 << 18  # bytes after which a text file without separators is cut
 SEPARATOR = re.compile(rb"<\|endoftext\|>[\r\n]*")
-ENDINGS = (".txt", ".md", ".jsonl", ".parquet", ".npy", ".npz")
+ENDINGS = (".txt", ".md", ".jsonl", ".parquet")
 
 
 def input_files(names, endings=ENDINGS):
@@ -43,17 +38,6 @@ def kind(path):
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-def read_text(path, expect_sha256=None):
-    """The whole file as text, byte for byte (no newline is translated); a surprising checksum is only said."""
-    data = Path(path).read_bytes()
-    if not data:
-        raise ValueError(f"{path} is empty: name a file with text in it")
-    text = decode(data, path)
-    if expect_sha256 and hashlib.sha256(data).hexdigest() != expect_sha256:
-        print(f"warning: {path} is not the usual copy (its sha256 differs); it is used all the same", file=sys.stderr)
-    return text
-
-
 def decode(data, path, offset=0):
     """`data`, which stands at byte `offset` of `path`, as text; ValueError where it is not UTF-8."""
     try:
@@ -70,7 +54,7 @@ def documents(paths, progress, key="text"):
     .jsonl's line, as a pair with where it stands); .txt and .md are divided at <|endoftext|>, and where none
     comes for long at the end of a paragraph; .gz on top of these is undone.
     """
-    for path in map(Path, paths):
+    for path in paths:
         start = progress.done
         read = {".parquet": _parquet, ".jsonl": _lines}.get(kind(path), _texts)
         for text, position in read(path, key):
@@ -79,16 +63,11 @@ def documents(paths, progress, key="text"):
         progress.done = start + path.stat().st_size
 
 
-def import_pyarrow():
+def _parquet(path, column):
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise ModuleNotFoundError("reading parquet needs a package that is not installed: pip install pyarrow") from None
-    return pyarrow
-
-
-def _parquet(path, column):
-    pyarrow = import_pyarrow()
     try:
         file = pyarrow.parquet.ParquetFile(path)
         size, rows, row = path.stat().st_size, file.metadata.num_rows, 0
@@ -174,25 +153,3 @@ def pages(text, size=4096):
         end = paragraph_end(data, start, start + size) if len(data) - start > size else len(data)
         yield data[start:end].decode("utf-8")
         start = end
-
-
-def id_documents(path, eot):
-    """Arrays of token ids, each up to and with its end-of-text token, or at most MAX_TEXT ids, from .npy or .npz."""
-    try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = {path: loaded} if path.suffix == ".npy" else {f"{path}[{name!r}]": loaded[name] for name in loaded.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a file that numpy saved without pickling: {error}") from None
-    for name, ids in arrays.items():
-        if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ValueError(f"{name}: expected a 1-D array of integers, found shape {np.shape(ids)} of {np.asarray(ids).dtype}")
-        start = 0
-        for block in range(0, len(ids), MAX_TEXT):
-            stop = min(block + MAX_TEXT, len(ids))
-            ends = [] if eot is None else (np.flatnonzero(ids[block:stop] == eot) + block + 1).tolist()
-            if stop == len(ids) or not ends and stop - start >= MAX_TEXT:
-                ends.append(stop)
-            for end in ends:
-                if end > start:
-                    yield np.asarray(ids[start:end])
-                start = end

@@ -149,7 +149,7 @@ class Tokenizer:
 
     def save(self, path):
         """Writes to_dict as JSON; the file has its name only once it is complete."""
-        _write(path, json.dumps(self._state, ensure_ascii=False, indent=0))
+        write_text(path, json.dumps(self._state, ensure_ascii=False, indent=0))
 
     def export_gpt2(self, folder):
         """Writes vocab.json and merges.txt, for Hugging Face's GPT-2 tokenizer say. Raises ValueError for what the two
@@ -159,8 +159,8 @@ class Tokenizer:
         if self._state.get("pattern") != GPT2_PATTERN or len(vocab) < self.vocab_size:
             raise ValueError(f"{self.name}: vocab.json and merges.txt hold only a BPE with GPT-2's pattern: use save")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        _write(Path(folder, "vocab.json"), json.dumps(vocab, ensure_ascii=False))
-        _write(Path(folder, "merges.txt"), "\n".join(["#version: 0.2", *self._state["merges"], ""]))
+        write_text(Path(folder, "vocab.json"), json.dumps(vocab, ensure_ascii=False))
+        write_text(Path(folder, "merges.txt"), "\n".join(["#version: 0.2", *self._state["merges"], ""]))
 
     def encode(self, text, allowed_special=()):
         """A list of ids. Special tokens in the text are text like any other, but for the allowed ones ('all': every
@@ -252,7 +252,7 @@ def _unspell(string):
     return string.translate(UNSPELLING).encode("latin-1")
 
 
-def _write(path, text):
+def write_text(path, text):
     with open(f"{path}.tmp", "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()

@@ -1,6 +1,5 @@
-"""Every prepare.py as a user runs it: a process, real files, a real server on the loopback address."""
+"""Every prepare.py as a user runs it: a process, real files. What comes from a hub is in test_download.py."""
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 from data.tokenizer import Tokenizer
-from test_download import Server
 
 ROOT = Path(__file__).parents[1]
 CACHE = os.environ.get("TIKTOKEN_CACHE_DIR")
@@ -178,19 +176,6 @@ def test_one_text_file_alone_is_divided_by_pages_and_nothing_is_lost(tmp_path, s
     assert 0.02 < len(pieces["val"]) / len(book) < 0.4
 
 
-def test_tokens_come_back_from_npy_and_npz(tmp_path):
-    stories = [story(i) for i in range(60)]
-    byte = Tokenizer.load("byte")
-    ids = np.concatenate([byte.encode(text) + [byte.eot] for text in stories])
-    np.save(tmp_path / "a.npy", ids[: len(ids) // 2].astype(np.int64))
-    np.savez(tmp_path / "b.npz", x=ids[len(ids) // 2 :].astype(np.uint16))
-    prepare("text", f"--input={tmp_path / 'a.npy'},{tmp_path / 'b.npz'}", f"--out={tmp_path / 'out'}", "--tokenizer=byte")
-    both = [read(tmp_path / "out", split)[0] for split in ("train", "val")]
-    assert sorted(np.concatenate(both).tolist()) == sorted(ids.tolist())
-    meta = read(tmp_path / "out", "val")[2]
-    assert sum(meta["bytes"].values()) == sum(len(text.encode()) for text in stories)
-
-
 def test_a_saved_tokenizer_serves_a_second_corpus(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"body": story(i)} for i in range(80)))
     prepare("text", f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'one'}", "--vocab_size=300", "--key=body")
@@ -212,8 +197,6 @@ BAD = {
     "no parquet": ("a.parquet", b"PAR1 not really PAR1", [], ["a.parquet"]),
     "no gzip": ("a.txt.gz", b"plain", [], ["a.txt.gz", "gzip"]),
     "cut gzip": ("a.txt.gz", gzip.compress(bytes(9999))[:-9], [], ["a.txt.gz", "gzip"]),
-    "no numpy": ("a.npy", b"\x80\x04N.", ["--tokenizer=byte"], ["a.npy", "numpy"]),
-    "ids without a maker": ("a.npy", b"x", [], ["a.npy", "--tokenizer"]),
     "ending": ("a.docx", b"abc", [], ["a.docx", ".jsonl"]),
     "no such tokenizer": ("a.txt", b"abc" * 99, ["--tokenizer=gpt3"], ["gpt3"]),
     "one character": ("a.txt", b"a", ["--tokenizer=char"], ["split", "fractions"]),
@@ -234,21 +217,6 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(tmp_path, name, data, fla
 def test_a_wrong_flag_is_named(flags, words):
     error = prepare("text", *flags, ok=False)
     assert all(word in error for word in words), error
-
-
-def test_ids_that_the_tokenizer_does_not_have_are_refused(tmp_path):
-    for bad, word in (([0, 300], "300"), ([1, -1], "-1"), ([[1, 2]], "1-D"), ([0.5], "1-D")):
-        np.save(tmp_path / "a.npy", np.array(bad))
-        assert word in prepare("text", f"--input={tmp_path / 'a.npy'}", "--tokenizer=byte", f"--out={tmp_path / 'o'}", ok=False)
-
-
-def test_a_pickle_in_npy_is_not_opened(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "sprung",))
-    np.save(tmp_path / "a.npy", np.array([Trap()], dtype=object), allow_pickle=True)
-    prepare("text", f"--input={tmp_path / 'a.npy'}", "--tokenizer=byte", f"--out={tmp_path / 'o'}", ok=False)
-    assert not (tmp_path / "sprung").exists()
 
 
 # --- data/instruct ---
@@ -311,114 +279,6 @@ def test_the_preset_names_settings_that_train_has():
     result = subprocess.run([sys.executable, ROOT / "train.py", ROOT / "config" / "finetune_instruct.py", "--help"],
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-# --- the hub ---
-
-class Hub(Server):
-    """Lays out data-set repositories as the hub does: a listing, and large files redirected to their storage."""
-
-    def add(self, repo, files, revision="main", lie=False):
-        listing = []
-        for path, data in files.items():
-            digest = hashlib.sha256(b"something else" if lie else data).hexdigest()
-            listing.append({"type": "file", "oid": "0" * 40, "size": len(data), "path": path,
-                            "lfs": {"oid": digest, "size": len(data), "pointerSize": 134}})
-            self.redirect[f"/datasets/{repo}/resolve/{revision}/{path}"] = f"{self.url}/storage/{repo}/{path}"
-            self.files[f"/storage/{repo}/{path}"] = data
-        listing.append({"type": "directory", "oid": "0" * 40, "size": 0, "path": "data"})
-        listing.append({"type": "file", "oid": "0" * 40, "size": 9, "path": "README.md"})
-        for folder in {"", *(f"/{Path(path).parent}" for path in files)}:
-            inside = [entry for entry in listing if entry["path"].startswith(folder[1:])]
-            self.files[f"/api/datasets/{repo}/tree/{revision}{folder}"] = json.dumps(inside).encode()
-
-
-@pytest.fixture
-def hub():
-    hub = Hub()
-    yield hub
-    hub.shutdown()
-    hub.server_close()
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    """A copy of the code, so that what the scripts download does not land in this one."""
-    (tmp_path / "house").mkdir()
-    for file in [ROOT / "configurator.py", *ROOT.glob("data/*.py"), *ROOT.glob("data/*/prepare.py")]:
-        copy = tmp_path / "house" / file.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(file.read_bytes())
-    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path / "house")
-    return tmp_path / "house"
-
-
-def left(house):
-    return sorted(p.name for p in house.rglob("*") if p.name.endswith((".part", ".tmp", ".bin", "meta.json")))
-
-
-def test_fineweb_through_dropped_connections(hub, house):
-    stories = [story(i) for i in range(300)]
-    files = {f"sample/10BT/00{i}_00000.parquet": parquet(stories[100 * i : 100 * i + 100]) for i in range(3)}
-    hub.add("HuggingFaceFW/fineweb-edu", files)
-    hub.drop = {f"/storage/HuggingFaceFW/fineweb-edu/{path}": 2 for path in files}
-    flags = ["--tokenizer=byte", "--val_fraction=0.1", f"--out={house / 'out'}"]
-    prepare("fineweb", *flags, HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret")
-    assert sorted(texts(house / "out", "train") + texts(house / "out", "val")) == sorted(stories)
-    assert left(house) == ["meta.json", "train.bin", "val.bin"]
-    n = len(hub.requests)
-    prepare("fineweb", *flags, "--shards=2", HF_ENDPOINT=hub.url)
-    assert len(texts(house / "out", "train") + texts(house / "out", "val")) == 200
-    assert len(hub.requests) == n  # all of it was there already
-
-
-def test_limit_downloads_only_what_it_reads(hub, house):
-    hub.add("Skylion007/openwebtext", {f"plain_text/train-0000{i}-of-00003.parquet":
-                                       parquet([story(100 * i + j) for j in range(100)]) for i in range(3)})
-    prepare("openwebtext", "--tokenizer=byte", "--limit=60", "--val_fraction=0.2", HF_ENDPOINT=hub.url)
-    folder = house / "data" / "openwebtext"
-    assert len(texts(folder, "train") + texts(folder, "val")) == 60
-    assert len(list((folder / "download").rglob("*.parquet"))) == 1
-
-
-def test_tinystories_keeps_its_own_validation_split(hub, house):
-    train, val = [story(i) for i in range(90)], [story(i) for i in range(90, 100)]
-    hub.add("roneneldan/TinyStories", {"data/train-00000-of-00002-a.parquet": parquet(train[:50]),
-                                       "data/train-00001-of-00002-b.parquet": parquet(train[50:]),
-                                       "data/validation-00000-of-00001-c.parquet": parquet(val)})
-    prepare("tinystories", "--tokenizer=byte", f"--out={house / 'out'}", HF_ENDPOINT=hub.url)
-    assert texts(house / "out", "train") == train and texts(house / "out", "val") == val
-    prepare("tinystories", "--tokenizer=byte", f"--out={house / 'out'}", "--limit=3", HF_ENDPOINT=hub.url)
-    assert texts(house / "out", "train") == train[:3] and texts(house / "out", "val") == val[:3]
-
-
-@pytest.mark.parametrize("size", [2, 103])
-def test_wikitext_joins_lines_to_articles_in_three_splits(hub, house, size):
-    def article(i):
-        return ["", f" = Title {i} = \n", "", f" Text of {i} . \n", " = = Section = = \n", f" More = {i} . \n"]
-    splits = {"train": range(9), "validation": range(9, 12), "test": range(12, 14)}
-    hub.add("Salesforce/wikitext", {f"wikitext-{size}-raw-v1/{name}-00000-of-00001.parquet":
-                                    parquet([line for i in which for line in article(i)]) for name, which in splits.items()})
-    prepare("wikitext", "--tokenizer=byte", f"--size={size}", f"--out={house / 'out'}", HF_ENDPOINT=hub.url)
-    for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
-        assert texts(house / "out", split) == ["".join(article(i)) for i in splits[name]]
-
-
-def test_a_wrong_checksum_ends_the_run_with_nothing_written(hub, house):
-    hub.add("roneneldan/TinyStories", {"data/train-0.parquet": parquet(["a"]), "data/validation-0.parquet": parquet(["b"])}, lie=True)
-    error = prepare("tinystories", "--tokenizer=byte", HF_ENDPOINT=hub.url, ok=False)
-    assert "validation-0.parquet" in error and "sha256" in error and left(house) == []
-
-
-def test_without_a_network_the_line_names_what_works_without(house):
-    error = prepare("tinystories", "--tokenizer=byte", HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN="hf_secret", ok=False)
-    assert "data/stdlib" in error and "data/text" in error and "hf_secret" not in error and left(house) == []
-
-
-def test_without_pyarrow_nothing_is_downloaded(hub, house):
-    (house / "pyarrow.py").write_text("raise ModuleNotFoundError(\"No module named 'pyarrow'\")\n")
-    error = prepare("tinystories", "--tokenizer=byte", HF_ENDPOINT=hub.url, ok=False)
-    assert "pip install pyarrow" in error and hub.requests == []
 
 
 def test_a_prompt_is_tokenised_as_a_sampler_will(tmp_path):

@@ -3,7 +3,7 @@
     python data/fineweb/prepare.py --shards=1    the first of 14 files: 2 GB of parquet, about 0.7 billion tokens
     python data/fineweb/prepare.py               all of them: 28 GB, then 20 GB of tokens
 
-The one parquet reader is pyarrow (pip install pyarrow). What was downloaded stays in download/.
+Needs huggingface_hub and pyarrow (pip install huggingface_hub pyarrow). What was downloaded stays in download/.
 """
 import sys
 from pathlib import Path
@@ -24,5 +24,5 @@ out = ""  # folder to write to; empty means beside this file
 if __name__ == "__main__":
     configure(globals())
     with user_errors():
-        into = Path(__file__).parent / "download"
-        write_hub(out, into, repo, subset, revision, tokenizer, limit, val_fraction=val_fraction, shards=shards)
+        write_hub(Path(__file__).parent, out, repo, subset, revision, tokenizer, limit,
+                  val_fraction=val_fraction, shards=shards)

@@ -3,7 +3,7 @@
     python data/openwebtext/prepare.py               24 GB of parquet, then about 9 billion tokens, 18 GB
     python data/openwebtext/prepare.py --limit=20000 a trial
 
-The one parquet reader is pyarrow (pip install pyarrow). What was downloaded stays in download/.
+Needs huggingface_hub and pyarrow (pip install huggingface_hub pyarrow). What was downloaded stays in download/.
 """
 import sys
 from pathlib import Path
@@ -23,5 +23,5 @@ out = ""  # folder to write to; empty means beside this file
 if __name__ == "__main__":
     configure(globals())
     with user_errors():
-        into = Path(__file__).parent / "download"
-        write_hub(out, into, repo, "", revision, tokenizer, limit, val_fraction=val_fraction, shards=shards)
+        write_hub(Path(__file__).parent, out, repo, "", revision, tokenizer, limit,
+                  val_fraction=val_fraction, shards=shards)

@@ -25,38 +25,26 @@ LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "i
 SALT = "/287"  # a few packages are large: with this one val and test are 6 to 7.5 % of CPython 3.11, 3.12 and 3.13
 
 
-def library_files(folder):
-    """Every source file of the library, in an order that does not depend on the file system."""
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        if not LEFT_OUT.intersection(parts) and not parts[-1].startswith("_sysconfigdata"):
-            yield path
-
-
-def library_documents(folder, val_fraction, test_fraction):
-    """([(split, text)], number of files skipped because they are not UTF-8).
+def library(folder, val_fraction, test_fraction):
+    """(split, text) of every source file, in an order that does not depend on the file system.
 
     The split hangs on the top-level module or package, so that the files of one package, which share
     names, idioms and now and then whole paragraphs, never stand on both sides.
     """
-    documents, skipped = [], 0
-    for path in library_files(folder):
-        family = path.relative_to(folder).parts[0].removesuffix(".py")
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            skipped += 1
-        else:
-            documents.append((split_by_hash(family + SALT, val_fraction, test_fraction), text))
-    return documents, skipped
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).parts
+        if not LEFT_OUT.intersection(parts) and not parts[-1].startswith("_sysconfigdata"):
+            family = parts[0].removesuffix(".py")
+            text = path.read_bytes().decode("utf-8", errors="replace")
+            yield split_by_hash(family + SALT, val_fraction, test_fraction), text
 
 
 if __name__ == "__main__":
     configure(globals())
     with user_errors():
         folder = Path(sysconfig.get_path("stdlib"))
-        documents, skipped = library_documents(folder, val_fraction, test_fraction)
-        print(f"{folder}: {len(documents):,} files, {skipped} skipped (not UTF-8)")
+        documents = list(library(folder, val_fraction, test_fraction))
+        print(f"{folder}: {len(documents):,} files")
         if tokenizer not in ("bpe", "char"):
             raise ValueError(f"tokenizer={tokenizer!r} is neither 'bpe' nor 'char'")
         trained = (Tokenizer.from_text_chars("".join(text for _, text in documents)) if tokenizer == "char" else

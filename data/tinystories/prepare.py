@@ -2,7 +2,7 @@
 
     python data/tinystories/prepare.py    1 GB of parquet, about 0.5 billion tokens
 
-The one parquet reader is pyarrow (pip install pyarrow). What was downloaded stays in download/.
+Needs huggingface_hub and pyarrow (pip install huggingface_hub pyarrow). What was downloaded stays in download/.
 """
 import sys
 from pathlib import Path
@@ -20,5 +20,5 @@ out = ""  # folder to write to; empty means beside this file
 if __name__ == "__main__":
     configure(globals())
     with user_errors():
-        into = Path(__file__).parent / "download"
-        write_hub(out, into, repo, "data", revision, tokenizer, limit, {"val": "validation", "train": "train"})
+        write_hub(Path(__file__).parent, out, repo, "data", revision, tokenizer, limit,
+                  {"val": "validation", "train": "train"})

@@ -3,7 +3,7 @@
     python data/wikitext/prepare.py --size=2      WikiText-2: 2 million words, for small trials
     python data/wikitext/prepare.py --size=103    WikiText-103: 103 million words
 
-The one parquet reader is pyarrow (pip install pyarrow). What was downloaded stays in download/.
+Needs huggingface_hub and pyarrow (pip install huggingface_hub pyarrow). What was downloaded stays in download/.
 """
 import re
 import sys
@@ -38,6 +38,5 @@ def articles(rows):
 if __name__ == "__main__":
     configure(globals())
     with user_errors():
-        into = Path(__file__).parent / "download"
-        write_hub(out, into, repo, f"wikitext-{size}-raw-v1", revision, tokenizer, limit,
+        write_hub(Path(__file__).parent, out, repo, f"wikitext-{size}-raw-v1", revision, tokenizer, limit,
                   {"val": "validation", "test": "test", "train": "train"}, join=articles)
