@@ -1,17 +1,20 @@
-"""Documents out of files: text, .jsonl, parquet; as a stream, in constant memory.
+"""Documents out of files: text, .jsonl, parquet, token ids; as a stream, in constant memory.
 
 Every error names the file and the place in it: a line, a byte offset, a column.
 """
 import gzip
 import json
 import re
+import zipfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 MAX_TEXT = 1 << 18  # bytes after which a text file without separators is cut
 SEPARATOR = re.compile(rb"<\|endoftext\|>[\r\n]*")
-ENDINGS = (".txt", ".md", ".jsonl", ".parquet")
+ENDINGS = (".txt", ".md", ".jsonl", ".parquet", ".npy", ".npz")
 
 
 def input_files(names, endings=ENDINGS):
@@ -54,7 +57,7 @@ def documents(paths, progress, key="text"):
     .jsonl's line, as a pair with where it stands); .txt and .md are divided at <|endoftext|>, and where none
     comes for long at the end of a paragraph; .gz on top of these is undone.
     """
-    for path in paths:
+    for path in map(Path, paths):
         start = progress.done
         read = {".parquet": _parquet, ".jsonl": _lines}.get(kind(path), _texts)
         for text, position in read(path, key):
@@ -153,3 +156,25 @@ def pages(text, size=4096):
         end = paragraph_end(data, start, start + size) if len(data) - start > size else len(data)
         yield data[start:end].decode("utf-8")
         start = end
+
+
+def id_documents(path, eot):
+    """Arrays of token ids, each up to and with its end-of-text token, or at most MAX_TEXT ids, from .npy or .npz."""
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = {path: loaded} if path.suffix == ".npy" else {f"{path}[{name!r}]": loaded[name] for name in loaded.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a file that numpy saved without pickling: {error}") from None
+    for name, ids in arrays.items():
+        if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"{name}: expected a 1-D array of integers, found shape {np.shape(ids)} of {np.asarray(ids).dtype}")
+        start = 0
+        for block in range(0, len(ids), MAX_TEXT):
+            stop = min(block + MAX_TEXT, len(ids))
+            ends = [] if eot is None else (np.flatnonzero(ids[block:stop] == eot) + block + 1).tolist()
+            if stop == len(ids) or not ends and stop - start >= MAX_TEXT:
+                ends.append(stop)
+            for end in ends:
+                if end > start:
+                    yield np.asarray(ids[start:end])
+                start = end

@@ -27,7 +27,8 @@ def split_by_hash(key, val_fraction, test_fraction=0.0):
     Position would put a corpus's last author into val; chance would change at every run; with the
     text as the key an exact duplicate lands on the same side as its twin and cannot leak.
     """
-    digest = hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest()
+    key = key if isinstance(key, bytes) else key.encode("utf-8")
+    digest = hashlib.blake2b(key, digest_size=8).digest()
     u = int.from_bytes(digest, "little") / 2**64  # uniform in [0, 1)
     return "val" if u < val_fraction else "test" if u < val_fraction + test_fraction else "train"
 

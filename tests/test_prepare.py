@@ -176,6 +176,19 @@ def test_one_text_file_alone_is_divided_by_pages_and_nothing_is_lost(tmp_path, s
     assert 0.02 < len(pieces["val"]) / len(book) < 0.4
 
 
+def test_tokens_come_back_from_npy_and_npz(tmp_path):
+    stories = [story(i) for i in range(60)]
+    byte = Tokenizer.load("byte")
+    ids = np.concatenate([byte.encode(text) + [byte.eot] for text in stories])
+    np.save(tmp_path / "a.npy", ids[: len(ids) // 2].astype(np.int64))
+    np.savez(tmp_path / "b.npz", x=ids[len(ids) // 2 :].astype(np.uint16))
+    prepare("text", f"--input={tmp_path / 'a.npy'},{tmp_path / 'b.npz'}", f"--out={tmp_path / 'out'}", "--tokenizer=byte")
+    both = [read(tmp_path / "out", split)[0] for split in ("train", "val")]
+    assert sorted(np.concatenate(both).tolist()) == sorted(ids.tolist())
+    meta = read(tmp_path / "out", "val")[2]
+    assert sum(meta["bytes"].values()) == sum(len(text.encode()) for text in stories)
+
+
 def test_a_saved_tokenizer_serves_a_second_corpus(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"body": story(i)} for i in range(80)))
     prepare("text", f"--input={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'one'}", "--vocab_size=300", "--key=body")
@@ -197,6 +210,8 @@ BAD = {
     "no parquet": ("a.parquet", b"PAR1 not really PAR1", [], ["a.parquet"]),
     "no gzip": ("a.txt.gz", b"plain", [], ["a.txt.gz", "gzip"]),
     "cut gzip": ("a.txt.gz", gzip.compress(bytes(9999))[:-9], [], ["a.txt.gz", "gzip"]),
+    "no numpy": ("a.npy", b"\x80\x04N.", ["--tokenizer=byte"], ["a.npy", "numpy"]),
+    "ids without a maker": ("a.npy", b"x", [], ["a.npy", "--tokenizer"]),
     "ending": ("a.docx", b"abc", [], ["a.docx", ".jsonl"]),
     "no such tokenizer": ("a.txt", b"abc" * 99, ["--tokenizer=gpt3"], ["gpt3"]),
     "one character": ("a.txt", b"a", ["--tokenizer=char"], ["split", "fractions"]),
@@ -217,6 +232,21 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(tmp_path, name, data, fla
 def test_a_wrong_flag_is_named(flags, words):
     error = prepare("text", *flags, ok=False)
     assert all(word in error for word in words), error
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_refused(tmp_path):
+    for bad, word in (([0, 300], "300"), ([1, -1], "-1"), ([[1, 2]], "1-D"), ([0.5], "1-D")):
+        np.save(tmp_path / "a.npy", np.array(bad))
+        assert word in prepare("text", f"--input={tmp_path / 'a.npy'}", "--tokenizer=byte", f"--out={tmp_path / 'o'}", ok=False)
+
+
+def test_a_pickle_in_npy_is_not_opened(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+    np.save(tmp_path / "a.npy", np.array([Trap()], dtype=object), allow_pickle=True)
+    prepare("text", f"--input={tmp_path / 'a.npy'}", "--tokenizer=byte", f"--out={tmp_path / 'o'}", ok=False)
+    assert not (tmp_path / "sprung").exists()
 
 
 # --- data/instruct ---

@@ -1,4 +1,4 @@
-"""Your own text: any .txt, .md, .jsonl (each also .gz) and .parquet.
+"""Your own text: any .txt, .md, .jsonl, .parquet (each also .gz), or .npy and .npz of token ids.
 
     python data/text/prepare.py --input=a.txt,b.jsonl,folder/
     python train.py --dataset=text
@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, user_errors
-from data.reader import MAX_TEXT, documents, input_files, kind, pages
+from data.reader import MAX_TEXT, documents, id_documents, input_files, kind, pages
 from data.tokenizer import Tokenizer, train_bpe
-from data.writer import Progress, split_by_hash, write_documents
+from data.writer import DatasetWriter, Progress, split_by_hash, write_documents
 
 input = ""  # files and folders, separated by commas
 out = ""  # folder to write to; empty means beside this file
@@ -53,11 +53,28 @@ def get_tokenizer(name, vocab_size, read):
     return Tokenizer.load(name)
 
 
+def write_ids(folder, paths, tokenizer, limit, fractions):
+    """Token ids are kept as they are; the hash of the text that they stand for decides where a document goes."""
+    found = (ids for path in paths for ids in id_documents(path, tokenizer.eot))
+    with DatasetWriter(folder, tokenizer) as writer:
+        for ids in islice(found, limit or None):
+            text = tokenizer.decode_bytes(ids[ids != tokenizer.eot].tolist())
+            writer.add(split_by_hash(text, *fractions), ids, len(text))
+
+
 if __name__ == "__main__":
     configure(globals())
     with user_errors():
-        paths, fractions = input_files(input), (val_fraction, test_fraction)
-        encoder = get_tokenizer(tokenizer, vocab_size, lambda: split_texts(paths, Progress(), key, limit, fractions))
-        progress = Progress(sum(path.stat().st_size for path in paths))
-        texts = split_texts(paths, progress, key, limit, fractions)
-        write_documents(out or Path(__file__).parent, texts, encoder, progress)
+        paths = input_files(input)
+        folder = out or Path(__file__).parent
+        fractions = val_fraction, test_fraction
+        are_ids = [kind(path) in (".npy", ".npz") for path in paths]
+        if not any(are_ids):
+            encoder = get_tokenizer(tokenizer, vocab_size, lambda: split_texts(paths, Progress(), key, limit, fractions))
+            progress = Progress(sum(path.stat().st_size for path in paths))
+            write_documents(folder, split_texts(paths, progress, key, limit, fractions), encoder, progress)
+        elif all(are_ids) and tokenizer not in ("bpe", "char"):
+            write_ids(folder, paths, Tokenizer.load(tokenizer), limit, fractions)
+        else:
+            raise ValueError(f"--input: {paths[are_ids.index(True)]} holds token ids: give all input as ids, and say with "
+                             "--tokenizer=gpt2 (or another name, or FILE) what made them")
