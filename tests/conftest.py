@@ -107,6 +107,7 @@ def losses(out):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than 20 seconds; make test leaves it out")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; make gpu runs these, and make test leaves them out")
 
 
 def pytest_terminal_summary(terminalreporter):

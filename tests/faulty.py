@@ -1,4 +1,4 @@
-"""Run train.py as it is, with one fault in what surrounds it: python tests/faulty.py FAULT train.py's-flags.
+"""Run train.py as it is, with faults in what surrounds it: python tests/faulty.py FAULT[+FAULT...] train.py's-flags.
 
 nan_gradient=7        the gradient of iteration 7 holds a NaN
 nan_gradient=7,1      ... on rank 1 alone, before the ranks' gradients meet
@@ -9,9 +9,13 @@ slow_eval=0.2         so does each batch of an evaluation
 held_write=5          the first checkpoint's write goes on until training is as many iterations further, or for 20 s
 no_module=wandb       a package that is not installed
 no_memory=300         so many MB of address space beyond what the set-up takes
+file_limit=200000     no file grows beyond as many bytes: what a full disk does, where no small disk can be mounted
+loss_scale=30         float16's loss scaler begins at 2^30, and overflows until it has come down
+late                  none: a CPU that calls itself CUDA, and whose copies to the host are there no sooner than waited for
 peak_memory           none: prints the largest resident memory in MB at the end
 count_bytes           none: each rank prints at the end how many bytes of parameters and optimizer state it holds
-file_limit=200000     no file grows beyond as many bytes: what a full disk does, where no small disk can be mounted
+host_reads            none: prints for each iteration how often the host asked for a tensor's value, and so waited for the device
+no_wait               none: an operation that makes the host wait for CUDA within an update is an error
 """
 import atexit
 import os
@@ -20,20 +24,23 @@ import runpy
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-fault, _, value = sys.argv[1].partition("=")
-sys.argv = [str(ROOT / "train.py"), *sys.argv[2:]]
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import machine
 import model
 import optim
 
-calls = [0]
-if fault == "nan_gradient":
+
+def nan_gradient(value):
+    plain_forward, calls = model.GPT.forward, [0]
     iteration, rank = (*map(int, value.split(",")), None)[:2]
 
     def forward(self, idx, targets=None, **options):
@@ -44,16 +51,42 @@ if fault == "nan_gradient":
                 loss.register_hook(lambda gradient: gradient * float("nan"))
         return logits, loss
 
-    plain_forward, model.GPT.forward = model.GPT.forward, forward
-elif fault == "slow_step":
+    model.GPT.forward = forward
+
+
+def slow_step(value):
     plain_push = machine.LateFlags.push
     machine.LateFlags.push = lambda *a, **k: (time.sleep(float(value)), plain_push(*a, **k))[1]
-elif fault == "slow_write":
+
+
+def slow_write(value):
     print("clock", time.monotonic())
     plain_write = checkpoint.write
     checkpoint.write = lambda *a: (time.sleep(float(value)), plain_write(*a))[1]
-elif fault == "held_write":
-    plain_push, plain_write = machine.LateFlags.push, checkpoint.write
+
+
+def slow_setup(value):
+    plain_check = model.check_causality
+    model.check_causality = lambda config: (print("setting up", flush=True), time.sleep(float(value)), plain_check(config))
+
+
+def slow_eval(value):
+    plain_forward, calls = model.GPT.forward, [0]
+
+    def forward(self, *args, **options):
+        if not self.training and options.get("reduction") == "sum":
+            calls[0] += 1
+            if calls[0] == 2:  # the evaluation is under way
+                sys.stdout.write("evaluating\n")
+                sys.stdout.flush()
+            time.sleep(float(value))
+        return plain_forward(self, *args, **options)
+
+    model.GPT.forward = forward
+
+
+def held_write(value):
+    plain_push, plain_write, calls = machine.LateFlags.push, checkpoint.write, [0]
 
     def push(*args, **options):
         calls[0] += 1  # once an iteration, at its end
@@ -67,23 +100,13 @@ elif fault == "held_write":
         plain_write(state, path)
 
     machine.LateFlags.push, checkpoint.write = push, write
-elif fault == "slow_eval":
-    def forward(self, *args, **options):
-        if not self.training and options.get("reduction") == "sum":
-            calls[0] += 1
-            if calls[0] == 2:  # the evaluation is under way
-                sys.stdout.write("evaluating\n")
-                sys.stdout.flush()
-            time.sleep(float(value))
-        return plain_forward(self, *args, **options)
 
-    plain_forward, model.GPT.forward = model.GPT.forward, forward
-elif fault == "slow_setup":
-    plain_check = model.check_causality
-    model.check_causality = lambda config: (print("setting up", flush=True), time.sleep(float(value)), plain_check(config))
-elif fault == "no_module":
+
+def no_module(value):
     sys.modules[value] = None
-elif fault == "no_memory":
+
+
+def no_memory(value):
     plain_init = machine.LateFlags.__init__
 
     def init(self, *args):
@@ -92,9 +115,49 @@ elif fault == "no_memory":
         resource.setrlimit(resource.RLIMIT_AS, (used + int(value) * 2**20,) * 2)
 
     machine.LateFlags.__init__ = init
-elif fault == "peak_memory":
+
+
+def file_limit(value):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(value),) * 2)
+
+
+def loss_scale(value):
+    torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0**int(value))
+
+
+def late(_):
+    plain_init, plain_to, stream = machine.Machine.__init__, torch.Tensor.to, []  # stream: (what to copy, where to)
+
+    def init(self, *args):
+        plain_init(self, *args)
+        self.type = "cuda"
+
+    def to(self, *args, non_blocking=False, **options):
+        if not non_blocking or args != ("cpu",):
+            return plain_to(self, *args, **options)
+        stream.append((self, torch.full_like(self, float("nan"))))  # what a host that does not wait would read
+        return stream[-1][1]
+
+    class Event:
+        def record(self):
+            self.behind = list(stream)
+
+        def synchronize(self):
+            for value, copy in self.behind:
+                copy.copy_(value)
+
+    machine.Machine.__init__, torch.Tensor.to, torch.cuda.Event = init, to, Event
+    torch.Tensor.pin_memory = lambda self: self
+    torch.cuda.get_device_name = lambda device: "CPU"
+    torch.cuda.max_memory_allocated, torch.cuda.synchronize = lambda: 0, lambda: None
+
+
+def peak_memory(_):
     atexit.register(lambda: print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
-elif fault == "count_bytes":
+
+
+def count_bytes(_):
     plain_configure = optim.configure_optimizers
 
     def count(model, optimizers):
@@ -108,9 +171,63 @@ elif fault == "count_bytes":
         return optimizers
 
     optim.configure_optimizers = configure
-elif fault == "file_limit":
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(value),) * 2)
-else:
-    sys.exit(f"no fault is called {fault!r}")
-runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what on CUDA waits for the device: item(), float(), bool(), int(), and operations that ask for values themselves."""
+    asking = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in self.asking
+        return function(*args, **kwargs or {})
+
+
+def host_reads(_):
+    plain_init, plain_push, plain_close, counter = machine.LateFlags.__init__, machine.LateFlags.push, machine.Machine.close, HostReads()
+
+    def init(self, *args):
+        plain_init(self, *args)
+        counter.__enter__()  # from here on, the loop
+
+    def report(what):
+        print(f"host reads {counter.count} {what}", flush=True)
+        counter.count = 0
+
+    def push(self, iter_num, *args, **options):
+        report(f"since the last push, before {iter_num}'s")  # the last iteration's log line, and this one's update
+        return plain_push(self, iter_num, *args, **options)
+
+    def close(self, *args):
+        report("at the end")
+        plain_close(self, *args)
+
+    machine.LateFlags.__init__, machine.LateFlags.push, machine.Machine.close = init, push, close
+
+
+def no_wait(_):
+    plain_set, plain_push = optim.set_lr, machine.LateFlags.push
+
+    def set_lr(*args):
+        plain_set(*args)
+        torch.cuda.set_sync_debug_mode("error")  # an update begins with its rate
+
+    def push(*args, **options):
+        flags = plain_push(*args, **options)
+        torch.cuda.set_sync_debug_mode("default")
+        return flags
+
+    optim.set_lr, machine.LateFlags.push = set_lr, push
+
+
+FAULTS = {f.__name__: f for f in (nan_gradient, slow_step, slow_write, slow_setup, slow_eval, held_write, no_module, no_memory, file_limit,
+                                  loss_scale, late, peak_memory, count_bytes, host_reads, no_wait)}
+
+if __name__ == "__main__":
+    for fault in sys.argv[1].split("+"):
+        name, _, value = fault.partition("=")
+        if name not in FAULTS:
+            sys.exit(f"no fault is called {name!r}")
+        FAULTS[name](value)
+    sys.argv = [str(ROOT / "train.py"), *sys.argv[2:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")

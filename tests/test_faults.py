@@ -542,6 +542,69 @@ def test_20_a_nan_gradient_on_one_rank_is_one_on_all(tmp_path, data, more):
         assert process.returncode and "not finite at iteration 7" in own_error(process.stderr) and not checkpoint.steps(out)
 
 
+@pytest.mark.parametrize("at", [7, pytest.param(10, marks=slow)])  # 10: at a checkpoint, which waits for the flags
+def test_20_a_nan_gradient_that_the_host_sees_late_ends_the_run_all_the_same(tmp_path, data, at):
+    """On CUDA the host looks at a gradient's flag one iteration later, and by then the next update is made."""
+    out = tmp_path / "out"
+    process = faulty(f"late+nan_gradient={at}", data, out, "--gradient_accumulation_steps=1", "--checkpoint_interval=5")
+    last_line(process, f"not finite at iteration {at},", "weights were left alone", "ckpt_00000005.pt", "--init_from=resume")
+    assert newest(out) == 5 and all(finite(path) for path in out.glob("*.pt"))
+    assert re.search(rf"\niter +{at}/.* norm +nan ", process.stdout) or at == 10
+
+
+@slow
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_20_skipped_late_or_at_once_it_is_the_same_run(tmp_path, data, optimizer):
+    """Late, the host makes the step, and the device leaves the weights alone; at once, the host makes none."""
+    more = ["--gradient_accumulation_steps=1", "--skip_nonfinite=1", "--dropout=0.1", f"--optimizer={optimizer}", "--checkpoint_interval=4"]
+    said = [ok(faulty(f"{late}nan_gradient=7", data, tmp_path / f"{late}out", *more)) for late in ("", "late+")]
+    for text, out in zip(said, (tmp_path / "out", tmp_path / "late+out")):
+        assert re.findall(r"iter +(\d+)/20 +skipped.*not finite \((\d) in a row\)", text) == [("7", "1")]
+        assert all(finite(path) for path in out.glob("*.pt"))
+    a, b = tmp_path / "out", tmp_path / "late+out"
+    assert same_run(a / "ckpt_00000020.pt", b / "ckpt_00000020.pt") and losses(a) == losses(b) and len(losses(a)) == 20
+
+
+@slow
+def test_20_a_nan_gradient_on_one_rank_is_seen_late_by_all(tmp_path, data):
+    process = run("tests/faulty.py", "late+nan_gradient=7,1", *flags(data, tmp_path / "out", "--checkpoint_interval=5"), cwd=tmp_path,
+                  python=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    assert process.returncode and re.search("not finite at iteration 7,.*ckpt_00000005.pt", own_error(process.stderr))
+    assert newest(tmp_path / "out") == 5
+
+
+@slow
+def test_20_a_stop_that_is_seen_late_saves_and_the_resume_is_exact(tmp_path, data):
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    with started("tests/faulty.py", "late+slow_step=0.1", *flags(data, out, *ENDLESS, *SHARED), cwd=tmp_path) as process:
+        wait_for(process, r"\niter +5/")
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM, printed(process)
+        assert "stopped by SIGTERM" in printed(process).splitlines()[-1]
+    done = newest(out)
+    assert done == max(losses(out)) and 6 <= done < 10  # one more than at once
+    ok(faulty("late", data, out, "--init_from=resume", f"--max_iters={done + 5}", *ENDLESS[1:]))
+    ok(train(straight, data, *ENDLESS, *SHARED, f"--max_iters={done + 5}"))
+    assert losses(out) == losses(straight)
+    a, b = (checkpoint.read(checkpoint.steps(o)[0]) for o in (out, straight))
+    assert equal(a["model"], b["model"]) and equal(a["optimizer"], b["optimizer"])
+
+
+@pytest.mark.parametrize("more", [["--dropout=0.1"], *(pytest.param(more, marks=slow) for more in (
+    ["--optimizer=adamw"], ["--grad_clip=0"], ["--optimizer=adamw", "--grad_clip=0"], ["--gradient_checkpointing", "--loss_chunk=10"]))])
+def test_20_read_late_nothing_is_read_between_two_log_lines(tmp_path, data, more):
+    """Or the host would wait for the device in every iteration, instead of preparing the next one."""
+    def reads(faults):
+        """{iteration: how often the host asked in its update, and behind the update before}"""
+        said = ok(faulty(faults, data, tmp_path / faults, "--log_interval=10", "--max_iters=25", "--eval_interval=100", *more))
+        return {int(i): int(n) for n, i in re.findall(r"host reads (\d+) since the last push, before (\d+)'s", said)}
+
+    late = reads("late+host_reads")
+    assert list(late) == list(range(1, 26)) and {i for i, n in late.items() if n} == {11, 21}  # behind the log lines of 10 and 20
+    if "--dropout=0.1" in more:
+        assert all(reads("host_reads").values())  # what reads at once is counted in every iteration
+
+
 @pytest.mark.parametrize("optimizer, rate", [("adamw", "1e39"), pytest.param("adamw", "1e30", marks=slow), pytest.param("muon", "1e30", marks=slow)])
 def test_21_an_absurd_learning_rate_stops_and_leaves_finite_checkpoints(tmp_path, data, optimizer, rate):
     """At 1e30 the second gradient is not finite; at 1e39 the first update is not, while its gradient was."""
