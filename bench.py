@@ -94,7 +94,7 @@ def loader_contestants(s):
     def loop():
         at = next(theirs)
         rows = [tokens[start:start + T + 1].astype(np.int64) for start in order[at:at + B]]
-        return torch.stack([torch.from_numpy(row[:-1]) for row in rows]), torch.stack([torch.from_numpy(row[1:]) for row in rows])
+        return tuple(torch.stack([torch.from_numpy(row[part]) for row in rows]) for part in (slice(-1), slice(1, None)))
 
     contestants = {"get_batch": lambda: split.get_batch(next(ours), B), "loop over rows": loop}
     for _ in range(3):
@@ -161,8 +161,8 @@ def matmul_flops(machine, n):
 def run_to_loss(flags, loss, seed):
     """One run of train.py: its first evaluation at or below `loss`, else its last, as metrics.jsonl has it."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, Path(__file__).with_name("train.py"), *shlex.split(flags)]
-        run = subprocess.run([*command, f"--seed={seed}", f"--out_dir={out}", f"--target_loss={loss}"], capture_output=True, text=True)
+        command = [sys.executable, Path(__file__).with_name("train.py"), *shlex.split(flags), f"--seed={seed}"]
+        run = subprocess.run([*command, f"--out_dir={out}", f"--target_loss={loss}"], capture_output=True, text=True)
         if run.returncode:
             raise ValueError(f"train.py ended with status {run.returncode}: {run.stderr.strip().splitlines()[-1]}")
         lines = [loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
@@ -177,7 +177,8 @@ def time_to_loss(contestants, loss, rounds):
     ends = {name: [] for name in contestants}
     for seed, (name, flags) in itertools.product(range(1, rounds + 1), contestants.items()):
         ends[name].append(run_to_loss(flags, loss, seed))
-        print("seed {}  loss {val_loss:.4f}  {tokens:,} tokens  {elapsed_s:.1f} s  {}".format(seed, name, **ends[name][-1]), file=sys.stderr)
+        line = "seed {}  loss {val_loss:.4f}  {tokens:,} tokens  {elapsed_s:.1f} s  {}"
+        print(line.format(seed, name, **ends[name][-1]), file=sys.stderr)
     rows = {}
     for name, runs in ends.items():
         took = sorted(run["elapsed_s"] if run["val_loss"] <= loss else math.inf for run in runs)
@@ -210,8 +211,8 @@ if __name__ == "__main__":
         machine = Machine(device, dtype, compile)
         other = configure(dict(globals()), start_from=settings, argv=shlex.split(vs))
         other_machine = Machine(other["device"], other["dtype"], other["compile"])
-        facts = {"machine": f"{machine.name()}, {torch.get_num_threads()} threads, {str(machine.dtype).removeprefix('torch.')}, "
-                            f"torch {torch.__version__}"}
+        facts = {"machine": f"{machine.name()}, {torch.get_num_threads()} threads, "
+                            f"{str(machine.dtype).removeprefix('torch.')}, torch {torch.__version__}"}
 
         # The contestants, and how many tokens a call of each is good for.
         parts = {}
@@ -235,10 +236,9 @@ if __name__ == "__main__":
             whole, ceiling = statistics.median(times["this"]), operations / statistics.median(times.pop("product"))
             for part in list(parts)[:-1]:
                 facts[part] = f"{statistics.median(times.pop(part)) / whole:.1%} of a step"
-            achieved = model.flops_per_token() * tokens["this"] / whole
-            facts["operations"] = f"{achieved / 1e12:.3f} TFLOP/s, {achieved / ceiling:.1%} of a large matrix product's {ceiling / 1e12:.3f}"
-            if machine.peak_flops():
-                facts["operations"] += f", {achieved / machine.peak_flops():.1%} of the data sheet's"
+            achieved, peak = model.flops_per_token() * tokens["this"] / whole, machine.peak_flops()
+            facts["operations"] = (f"{achieved / 1e12:.3f} TFLOP/s, {achieved / ceiling:.1%} of a large matrix product's "
+                                   f"{ceiling / 1e12:.3f}" + (f", {achieved / peak:.1%} of the data sheet's" if peak else ""))
             facts["peak memory"] = f"{machine.peak_gib():.2f} GiB"
         rows = summary(times, tokens)
         if json:

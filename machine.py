@@ -1,4 +1,4 @@
-"""What a run stands on: device, dtype, ranks, signals, its folder, logs. Every script asks here, so 'auto' means one thing."""
+"""What a run stands on: device, dtype, ranks, signals, its folder, logs. Every script asks here what 'auto' means."""
 import atexit
 import ctypes
 import fcntl
@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 # Dense bf16 operations a second by the data sheets; those of fp16 for the V100 and the T4, which have no bf16.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-              "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+              "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12,
+              "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
 
 
 class Machine:
@@ -42,7 +43,7 @@ class Machine:
         self.type, _, index = device.partition(":")
         there = {"cuda": torch.cuda.device_count(), "mps": int(mps), "cpu": 1}.get(self.type, 0)  # how many
         if not (index or "0").isdecimal() or int(index or 0) >= there:
-            raise ValueError(f"device={device!r} is not here for torch {torch.__version__}; --device=auto takes the best there is")
+            raise ValueError(f"device={device!r} is not here for torch {torch.__version__}; --device=auto takes the best")
         self.device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         if dtype == "auto":
             # An emulated bfloat16 is slower than float32, so only the real one counts.
@@ -59,7 +60,7 @@ class Machine:
             compile, why["compile"] = self.type == "cuda", "on for CUDA; elsewhere --compile pays in longer runs"
         self.compile, self.why, self.fsdp, self.shards = compile, why, fsdp, self.world_size if fsdp else 1
         if fsdp and (self.world_size == 1 or self.type == "mps"):
-            raise ValueError(f"fsdp=True needs torchrun --nproc_per_node=2 or more, with CUDA or CPUs, not {device}; drop --fsdp")
+            raise ValueError(f"fsdp=True needs torchrun --nproc_per_node=2 or more, on CUDA or CPUs; drop --fsdp")
         self.backend = ("nccl" if self.type == "cuda" else "gloo") if backend == "auto" else backend
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -98,7 +99,8 @@ class Machine:
 
     def peak_flops(self):
         """Operations a second by the data sheet, of all ranks together; None for a device that is not in the table."""
-        return next((f * self.world_size for known, f in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", self.name())), None)
+        known = next((f for name, f in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", self.name())), None)
+        return known and known * self.world_size
 
     def sum(self, *numbers):
         """The numbers, each summed over the ranks."""
@@ -125,7 +127,7 @@ class Machine:
         return fully_shard(model, mesh=mesh)
 
     def parallel(self, model):
-        """The model whose gradients become the ranks' mean, when its set_requires_gradient_sync says so: DDP's or FSDP's."""
+        """DDP's or FSDP's model: its gradients become the ranks' mean where set_requires_gradient_sync says so."""
         if self.world_size > 1 and not self.fsdp:
             model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
             model.set_requires_gradient_sync = lambda wanted: setattr(model, "require_backward_grad_sync", wanted)
@@ -210,7 +212,7 @@ class StopSignals:
         torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         again = number == signal.SIGINT or torchrun and self.received == signal.SIGINT
         if self.received and again and not (torchrun and time.monotonic() - self.when < 1):
-            os.write(2, b"\nended at once by a second Ctrl-C; --init_from=resume goes on from the newest whole checkpoint\n")
+            os.write(2, b"\nended at once by a second Ctrl-C; --init_from=resume goes on from the newest checkpoint\n")
             os._exit(128 + number)
         if not self.received:
             self.received, self.when = int(number), time.monotonic()
@@ -238,17 +240,17 @@ def explained(settings):
         yield
     except (RuntimeError, MemoryError) as error:
         s, text = settings, str(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:  # torch's CPU allocator
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:  # the CPU's says so
             parts = next((k for k in range(2, s["batch_size"] + 1) if s["batch_size"] % k == 0), 0)
             same = [f"--batch_size={s['batch_size'] // parts} --gradient_accumulation_steps="
                     f"{s['gradient_accumulation_steps'] * parts}"] if parts else []
             same += ["--gradient_checkpointing"] if not s["gradient_checkpointing"] else []
             same = f"the same run in less: {', then '.join(same)}; a smaller run: " if same else ""
-            raise ValueError(f"out of memory with batch_size={s['batch_size']} ({first_line(error)}); {same}a block_size below "
-                             f"{s['block_size']}, an n_layer below {s['n_layer']}") from None
+            raise ValueError(f"out of memory with batch_size={s['batch_size']} ({first_line(error)}); {same}a block_size "
+                             f"below {s['block_size']}, an n_layer below {s['n_layer']}") from None
         if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistError)):
-            raise ValueError(f"lost another rank, which ended or did not answer for timeout_s={s['timeout_s']} ({first_line(error)}); "
-                             "see its own message, then --init_from=resume") from None
+            raise ValueError(f"lost another rank, which ended or did not answer for timeout_s={s['timeout_s']} "
+                             f"({first_line(error)}); see its own message, then --init_from=resume") from None
         raise
 
 
@@ -299,7 +301,7 @@ class Log:
         try:
             os.write(self.file, (json.dumps(line) + "\n").encode())
         except OSError as error:
-            raise OSError(f"could not write {self.path}: {error.strerror}; free some space, then --init_from=resume") from None
+            raise OSError(f"could not write {self.path}: {error.strerror}; free space, then --init_from=resume") from None
         for other in list(self.others):
             try:
                 other({k: v for k, v in line.items() if v is not None}, line["iter"])

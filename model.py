@@ -162,7 +162,8 @@ class MLP(nn.Module):
     def forward(self, x):
         x = self.up(x)  # (B, T, n_ff), twice that for swiglu
         if self.kind == "relu2":  # So et al., Primer
-            x = F.relu(x).square()
+            x = F.relu(x)
+            x = x * x  # not .square(): autocast would compute, and keep, that one in float32 on CUDA
         elif self.kind == "gelu":
             x = F.gelu(x, approximate="tanh")
         else:  # Shazeer, GLU Variants Improve Transformer

@@ -138,12 +138,12 @@ def state_by_name(optimizers):
 
 
 def load_state_by_name(optimizers, state):
-    """Put back a copy of what `state_by_name` returned. Raises ValueError for a parameter that has no state in it, or one
-    made by another optimizer."""
-    for o in optimizers:
+    """Put back a copy of what `state_by_name` returned, which is {} before the first update. Raises ValueError for a
+    parameter that has no state in it, or one made by another optimizer."""
+    for o in optimizers if state else ():
         for name, p in ((n, p) for g in o.param_groups for n, p in zip(g["param_names"], g["params"])):
             if name not in state or ("momentum_buffer" in state[name]) != isinstance(o, Muon):
-                raise ValueError(f"the checkpoint has no {type(o).__name__} state for {name}; resume with the run's own --optimizer")
+                raise ValueError(f"the checkpoint has no {type(o).__name__} state for {name}; keep the run's own --optimizer")
             o.state[p] = {k: torch.empty_like(p if v.dim() else v, device=p.device) for k, v in state[name].items()}
             for key, value in state[name].items():
                 rows, first = shard(o.state[p][key])

@@ -29,12 +29,13 @@ def load_meta(folder):
                 return meta
         except (ValueError, TypeError, KeyError):
             pass
-        raise ValueError(f"{folder}/meta.json must be JSON with a whole vocab_size and a dtype of uint16 or uint32; prepare the data again")
+        raise ValueError(f"{folder}/meta.json must be JSON with a whole vocab_size and a dtype of uint16 or uint32; "
+                         "prepare the data again")
     if (folder / "meta.pkl").exists():
         raise ValueError(f"{folder} has a meta.pkl, which is never opened since a pickle can run code; "
                          f"python data/text/prepare.py --input=YOUR_TEXT --tokenizer=char --out={folder} makes a meta.json")
     if (folder / "train.bin").is_file() or (folder / "train.npy").is_file():
-        getLogger("bareGPT").warning(f"note: {folder} has no meta.json; taking its files for uint16 ids of GPT-2's vocabulary")
+        getLogger("bareGPT").warning(f"note: {folder} has no meta.json; taking its ids for GPT-2's, in uint16")
     return {"vocab_size": 50257, "dtype": "uint16", "tokenizer": "gpt2"}
 
 
@@ -65,8 +66,8 @@ def open_split(folder, split, meta, block_size):
     else:
         return None
     if len(tokens) <= block_size:
-        raise ValueError(f"{path} has {len(tokens):,} tokens, and block_size={block_size} needs at least {block_size + 1:,}; "
-                         "prepare more data or lower --block_size")
+        raise ValueError(f"{path} has {len(tokens):,} tokens, and block_size={block_size} needs at least "
+                         f"{block_size + 1:,}; prepare more data or lower --block_size")
     largest = max(meta.get("max_id", 0), int(tokens[:65536].max()), int(tokens[-65536:].max()))
     if largest >= meta["vocab_size"]:
         raise ValueError(f"{path} holds token id {largest}, and vocab_size={meta['vocab_size']} in meta.json allows up to "
@@ -84,7 +85,8 @@ def tokenizer_state(folder, meta):
         return {"kind": "named", "name": file.name}
     tokenizer = Tokenizer.load(file)
     if tokenizer.vocab_size != meta["vocab_size"]:
-        raise ValueError(f"{file} has {tokenizer.vocab_size} tokens, meta.json beside it {meta['vocab_size']}; prepare the data again")
+        raise ValueError(f"{file} has {tokenizer.vocab_size} tokens, meta.json beside it {meta['vocab_size']}; "
+                         "prepare the data again")
     return tokenizer.to_dict()
 
 
