@@ -531,6 +531,16 @@ def test_20_a_nan_gradient_is_skipped_and_logged_where_chosen(tmp_path, data):
 
 
 @slow
+def test_20_a_run_whose_first_update_was_skipped_resumes(tmp_path, data):
+    """Its checkpoint holds no optimizer state yet."""
+    out, more = tmp_path / "out", ["--gradient_accumulation_steps=1", "--skip_nonfinite=1"]
+    ok(faulty("nan_gradient=1", data, out, *more, "--max_iters=1", "--lr_decay_iters=20"))
+    assert checkpoint.newest_sound(out)[1]["optimizer"] == {}
+    ok(train(out, data, *more, "--init_from=resume"))
+    assert newest(out) == 20 and losses(out)[20] < losses(out)[2] - 0.1
+
+
+@slow
 @pytest.mark.parametrize("more", [[], ["--skip_nonfinite=1"]])
 def test_20_a_nan_gradient_on_one_rank_is_one_on_all(tmp_path, data, more):
     out = tmp_path / "out"
