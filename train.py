@@ -32,10 +32,10 @@ rope_theta = 10000.0        # the slowest RoPE wave turns once in 2 pi rope_thet
 qk_norm = True              # normalise queries and keys
 tie_weights = False         # share the embedding's matrix with the head
 token_shift = True          # add the token before, by a learnt share of each channel, to each token's embedding
-# the optimizer
+# the optimizer: rates and schedule are what others' records at 124M came to, and were not measured here
 optimizer = "muon"          # Muon for the blocks' matrices, AdamW for the rest; or 'adamw' for all
-learning_rate = 6e-4        # AdamW's peak
-muon_lr = 0.02              # Muon's
+learning_rate = 1.8e-3      # AdamW's peak
+muon_lr = 0.025             # Muon's
 muon_momentum = 0.95        # with few tokens an iteration 0.9 is better
 lr_tokens = 0               # tokens per iteration that both rates are for; with others they change by the root; 0: for any
 weight_decay = 0.1          # AdamW's, on tensors of two or more dimensions; Muon's matrices are not decayed
@@ -44,19 +44,19 @@ beta2 = 0.95
 grad_clip = 1.0             # largest norm of the whole gradient; 0: no clipping
 skip_nonfinite = 0          # iterations in a row that may be left out, as their gradient is not finite; one more ends the run
 # the schedule
-lr_schedule = "cosine"      # or 'linear', 'wsd' (warm up, stay, decay as 1 - sqrt), 'constant'; all warm up
-warmup_iters = 2000         # iterations from 1/warmup_iters of the peak up to the peak
+lr_schedule = "linear"      # or 'cosine', 'wsd' (warm up, stay, decay as 1 - sqrt), 'constant'; all warm up
+warmup_iters = 250          # iterations from 1/warmup_iters of the peak up to the peak
 lr_decay_iters = 0          # where the decay ends; 0: at the planned end of the run
-min_lr = 6e-5               # AdamW's rate there; the other groups' come down in proportion
+min_lr = 0.0                # AdamW's rate there; the other groups' come down in proportion
 decay_frac = 0.7            # share of the run in which 'linear' and 'wsd' come down
 # when to stop: whichever comes first, 0 turns one off
-max_iters = 600000          # updates in all; always on
+max_iters = 20000           # updates in all; always on: 20,000 * 491,520 = 9.8 B tokens, one pass over OpenWebText
 max_epochs = 0.0            # passes over train.bin
 max_hours = 0.0             # this process's wall clock
 target_loss = 0.0           # validation loss
 patience = 0                # evaluations without a better validation loss
 # evaluation, checkpoints and the log
-eval_interval = 2000        # iterations between evaluations; there is one at the planned end, too
+eval_interval = 1000        # iterations between evaluations; there is one at the planned end, too
 eval_iters = 200            # batches of each evaluation, always the same; 0: the whole split, every target once
 eval_only = False           # evaluate what init_from names, on every split there is, and end
 checkpoint_interval = 0     # iterations between checkpoints; 0: one at each evaluation
