@@ -57,7 +57,7 @@ import torch
 import optim
 from configurator import user_errors
 from machine import Machine
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
 from train import Split
 
 
@@ -103,7 +103,7 @@ def loader_contestants(s):
 
 
 def build(s, machine):
-    """The model that settings s describe, with weights that are not zero anywhere."""
+    """The model that settings s describe, with its first weights."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{f.name: s[f.name] for f in fields(GPTConfig) if f.name in s})).to(machine.device)
     model.gradient_checkpointing, model.loss_chunk = s["gradient_checkpointing"], s["loss_chunk"]
@@ -118,8 +118,7 @@ def make_step(s, machine):
     model = machine.try_compile(raw_model, x, y)
 
     def forward_backward():
-        for p in raw_model.parameters():
-            p.grad = None
+        raw_model.zero_grad()
         with machine.autocast():
             loss = model(x, y)[1]
         loss.backward()
@@ -146,8 +145,9 @@ def make_sampler(s, machine, cached=True):
             if cached:
                 return model.generate(idx, s["new_tokens"], temperature=0)
             out = idx
-            for _ in range(s["new_tokens"]):
-                out = torch.cat([out, model(out[:, -s["block_size"]:])[0][:, -1:].argmax(-1)], dim=1)
+            for _ in range(s["new_tokens"]):  # the last position's logits alone, but everything before them anew
+                logits, _ = model(out[:, -s["block_size"]:], cache=KVCache(s["block_size"]))
+                out = torch.cat([out, logits[:, -1:].argmax(-1)], dim=1)
             return out
     return sample
 
@@ -202,6 +202,8 @@ if __name__ == "__main__":
     with user_errors():
         if task not in ("step", "loader", "sample", "time_to_loss"):
             raise ValueError(f"task={task!r} is not one of step, loader, sample, time_to_loss")
+        if task == "time_to_loss" and target_loss <= 0:
+            raise ValueError(f"target_loss={target_loss} is no loss to wait for; name one, such as --target_loss=3.5")
         if task == "time_to_loss":
             rows = time_to_loss({"this": args} | ({vs: f"{args} {vs}"} if vs else {}), target_loss, repeats)
             print(dumps({"unit": "s", "target_loss": target_loss, "results": rows}) if json else "\n".join(
@@ -214,14 +216,12 @@ if __name__ == "__main__":
         facts = {"machine": f"{machine.name()}, {torch.get_num_threads()} threads, "
                             f"{str(machine.dtype).removeprefix('torch.')}, torch {torch.__version__}"}
 
-        # The contestants, and how many tokens a call of each is good for.
-        parts = {}
+        parts = {}  # of a step; contestants are functions, and tokens how many a call of each is good for
         if task == "loader":
             contestants, tokens = loader_contestants(settings)
         elif task == "sample":
-            contestants = {"cached": make_sampler(settings, machine)}
             name = vs or "uncached"
-            contestants[name] = make_sampler(other, other_machine, cached=bool(vs))
+            contestants = {"cached": make_sampler(settings, machine), name: make_sampler(other, other_machine, cached=bool(vs))}
             tokens = {"cached": batch_size * new_tokens, name: other["batch_size"] * other["new_tokens"]}
         else:
             step, parts, model = make_step(settings, machine)
@@ -239,7 +239,7 @@ if __name__ == "__main__":
             achieved, peak = model.flops_per_token() * tokens["this"] / whole, machine.peak_flops()
             facts["operations"] = (f"{achieved / 1e12:.3f} TFLOP/s, {achieved / ceiling:.1%} of a large matrix product's "
                                    f"{ceiling / 1e12:.3f}" + (f", {achieved / peak:.1%} of the data sheet's" if peak else ""))
-            facts["peak memory"] = f"{machine.peak_gib():.2f} GiB"
+            facts["peak memory" + " of both" * bool(vs)] = f"{machine.peak_gib():.2f} GiB"
         rows = summary(times, tokens)
         if json:
             print(dumps({"unit": "tokens/s", "results": rows} | facts))

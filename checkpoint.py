@@ -51,9 +51,7 @@ def rename(temporary, path):
 
 def read(path):
     """Return the checkpoint dict at `path`, its tensors on the CPU. Nothing in the file is executed.
-
-    Raises ValueError that names the file when it is not a whole, sound checkpoint; FileNotFoundError when absent.
-    """
+    Raises ValueError that names the file when it is not a whole, sound checkpoint; FileNotFoundError when absent."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -157,7 +155,7 @@ class Writer:
         key = local.data_ptr(), value.shape  # a matrix that two names share is copied, and written, once
         if self.main and key not in self.copies:
             room = kept[key] if key in kept else torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            self.copies[key] = room.copy_(value, non_blocking=True)
+            self.copies[key] = room.copy_(value, non_blocking=value.is_cuda)
         return self.copies.get(key)
 
     def save(self, *args):
@@ -165,9 +163,12 @@ class Writer:
         self.last = save(*args)
         self.seconds = max(self.seconds, time.monotonic() - began)
 
+    def busy(self):
+        return self.job is not None and not self.job.done()
+
     def wait(self, block=True):
         """Return when nothing is being written (without `block`: at once), and raise what went wrong."""
-        if self.job and (block or self.job.done()):
+        if self.job and (block or not self.busy()):
             job, self.job = self.job, None
             job.result()
 
@@ -189,9 +190,7 @@ def set_aside(out_dir):
 
 def load_model(path_or_out_dir, device="cpu"):
     """Return (GPT in eval mode on `device`, checkpoint dict) from a file, or a run's best.pt, else its newest.
-
-    Raises ValueError or FileNotFoundError that names what is missing or broken.
-    """
+    Raises ValueError or FileNotFoundError that names what is missing or broken."""
     path = Path(path_or_out_dir)
     best = path / "best.pt"
     state = read(best) if best.exists() else origin("resume", path)[1] if path.is_dir() else read(path)

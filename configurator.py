@@ -42,14 +42,14 @@ def configure(module: dict, start_from: dict | None = None, argv: list[str] | No
 def user_errors():
     """Turn a user's mistake, raised inside, into one line on stderr and exit code 2.
 
-    A mistake is a ValueError that this project raised itself, a failing file operation or a missing
-    package. The same ValueError out of somebody else's code is a bug, and a bug keeps its traceback.
+    A mistake is a ValueError of this project's own, a failing file operation or a missing package; others are bugs.
     """
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if isinstance(error, ValueError) and not Path(raised_in).is_relative_to(Path(__file__).parent):
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        ours = raised_in.is_relative_to(Path(__file__).parent) and "site-packages" not in raised_in.parts  # of .venv
+        if isinstance(error, ValueError) and not ours:
             raise
         rank = os.environ.get("RANK", "0")  # torchrun's; every rank stumbles over the same mistake
         print("error: " + ("" if rank == "0" else f"rank {rank}: ") + " ".join(str(error).split()), file=sys.stderr)

@@ -40,7 +40,7 @@ class Machine:
         why = dict.fromkeys(("device", "dtype", "compile"), "as set")
         if device == "auto":
             device, why["device"] = "cuda" if cuda else "mps" if mps else "cpu", "the first there is of CUDA, MPS, CPU"
-        self.type, _, index = device.partition(":")
+        self.type, _, index = str(device).partition(":")
         there = {"cuda": torch.cuda.device_count(), "mps": int(mps), "cpu": 1}.get(self.type, 0)  # how many
         if not (index or "0").isdecimal() or int(index or 0) >= there:
             raise ValueError(f"device={device!r} is not here for torch {torch.__version__}; --device=auto takes the best")
@@ -149,6 +149,8 @@ class Machine:
                 compiled(x, y, reduction="sum")[1].backward()
             return compiled
         except Exception as error:  # compilers fail in many ways, and none of them is a reason not to train
+            for block in model.blocks:
+                block.__dict__.pop("forward", None)
             getLogger("bareGPT").warning(f"warning: torch.compile failed ({first_line(error)}); going on without it")
             return model
         finally:
@@ -185,18 +187,18 @@ class LateFlags:
 
     def push(self, iter_num, streak, asked, wait):
         """Add an iteration's `streak`, (1,) float32 on the device, and what this rank is `asked` to stop for; return what
-        can be read, with `wait` everything, as a list of (iteration, (streak, asked))."""
+        can be read, with `wait` everything, as a list of (iteration, streak, asked)."""
         flags = torch.cat([streak, streak.new_full((1,), asked)])
         if self.machine.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         if self.machine.type != "cuda":
-            return [(iter_num, flags.tolist())]
+            return [(iter_num, *flags.tolist())]
         self.pending.append((iter_num, flags.to("cpu", non_blocking=True), torch.cuda.Event()))
         self.pending[-1][2].record()
         done, self.pending = (self.pending, []) if wait else (self.pending[:-1], self.pending[-1:])
         for _, _, copied in done:
             copied.synchronize()
-        return [(iter_num, flags.tolist()) for iter_num, flags, _ in done]
+        return [(iter_num, *flags.tolist()) for iter_num, flags, _ in done]
 
 
 class StopSignals:
@@ -218,9 +220,9 @@ class StopSignals:
             self.received, self.when = int(number), time.monotonic()
 
     def look(self):
-        """The signal that came; 1 without time for the slowest wait between looks, a write under way and the last; or 0."""
+        """The signal that came; 1 where max_hours leaves no time for two more iterations and two writes; else 0."""
         self.slowest, self.looked = max(self.slowest, time.monotonic() - self.looked), time.monotonic()
-        return self.received or int(self.looked + self.slowest + 2 * self.writer.seconds > self.ends)
+        return self.received or int(self.looked + 2 * self.slowest + 2 * self.writer.seconds > self.ends)
 
 
 def keep_freed_memory():
@@ -241,11 +243,11 @@ def explained(settings):
     except (RuntimeError, MemoryError) as error:
         s, text = settings, str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:  # the CPU's says so
-            parts = next((k for k in range(2, s["batch_size"] + 1) if s["batch_size"] % k == 0), 0)
-            same = [f"--batch_size={s['batch_size'] // parts} --gradient_accumulation_steps="
-                    f"{s['gradient_accumulation_steps'] * parts}"] if parts else []
-            same += ["--gradient_checkpointing"] if not s["gradient_checkpointing"] else []
-            same = f"the same run in less: {', then '.join(same)}; a smaller run: " if same else ""
+            divisor = next((k for k in range(2, s["batch_size"] + 1) if s["batch_size"] % k == 0), 0)
+            cheaper = [f"--batch_size={s['batch_size'] // divisor} --gradient_accumulation_steps="
+                       f"{s['gradient_accumulation_steps'] * divisor}"] if divisor else []
+            cheaper += ["--gradient_checkpointing"] if not s["gradient_checkpointing"] else []
+            same = f"the same run in less: {', then '.join(cheaper)}; a smaller run: " if cheaper else ""
             raise ValueError(f"out of memory with batch_size={s['batch_size']} ({first_line(error)}); {same}a block_size "
                              f"below {s['block_size']}, an n_layer below {s['n_layer']}") from None
         if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistError)):
@@ -338,11 +340,12 @@ def memory(model, batch_size, optimizer, matmul_bytes=4, shards=1, micro_batches
     layer = 8 * c.n_embd + a * (2 * c.n_embd + heads + c.n_ff * (4 if c.mlp == "swiglu" else 2))  # bytes a token
     layers = 4 * c.n_embd * c.n_layer + layer if model.gradient_checkpointing else layer * c.n_layer
     logits = (12 + a) * c.vocab_size * min(model.loss_chunk or tokens, tokens)
-    blocks = a * (a < 4) * hidden if shards == 1 else 4 * (P - hidden) + (2 * a + 4) * hidden // c.n_layer
+    cast = a if a < 4 else 0  # a byte count of autocast's copies, which float32 has none of
+    blocks = cast * hidden if shards == 1 else 4 * (P - hidden) + (2 * a + 4) * hidden // c.n_layer
     parts = {"parameters": 4 * P // shards, "gradients": 4 * P // (shards if micro_batches <= shards else 1),
              "optimizer": (8 * P - 4 * hidden * (optimizer == "muon")) // shards,
              "activations": tokens * (layers + (4 + a) * c.n_embd) + logits,
-             "copies": blocks + a * (a < 4) * c.vocab_size * c.n_embd}
+             "copies": blocks + cast * c.vocab_size * c.n_embd}
     return parts | {"total": sum(parts.values())}
 
 

@@ -61,7 +61,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        group, pieces = self.param_groups[0], {}  # pieces: {shape: [(this rank's rows, the piece's place in them, update)]}
+        group, pieces = self.param_groups[0], {}  # pieces: {shape: [(this rank's rows, the piece's offset, update)]}
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         ok = 1.0 - getattr(self, "found_inf", torch.zeros((), device=group["params"][0].device))  # 0: change nothing
         for name, p in zip(group["param_names"], group["params"]):
@@ -72,11 +72,11 @@ class Muon(torch.optim.Optimizer):
             buffer.lerp_(gradient, (1 - self.momentum) * ok)
             gradient.lerp_(buffer, self.momentum)  # Nesterov's, in the gradient's own room
             weight.mul_(1 - group["lr"] * group["weight_decay"] * ok)
-            row = -first
+            offset = -first  # where a piece begins, counted from this rank's first row
             for update in whole(p.grad).split(self.rows.get(name, [len(p)])):
                 found = pieces.setdefault(update.shape, [])
-                found.append((weight, row, update if len(found) % ranks == rank else None))  # dealt to the ranks in turn
-                row += len(update)
+                found.append((weight, offset, update if len(found) % ranks == rank else None))  # dealt to the ranks in turn
+                offset += len(update)
         for (rows, cols), found in pieces.items():
             mine = [update for _, _, update in found if update is not None]
             mine += [ok.new_zeros(rows, cols)] * (math.ceil(len(found) / ranks) - len(mine))  # as many on every rank
@@ -85,9 +85,9 @@ class Muon(torch.optim.Optimizer):
                 if ranks > 1:  # a matrix of each at a time: with all of them at once, FSDP would hold whole models again
                     one, part = part[0], part.new_empty(ranks, rows, cols)
                     dist.all_gather(list(part), one)
-                now, found = found[:len(part)], found[len(part):]
-                weights = [weight[max(0, row):max(0, row + rows)] for weight, row, _ in now]
-                part = [u[max(0, -row):][:len(w)] for u, w, (_, row, _) in zip(part.to(weights[0].dtype), weights, now)]
+                batch, found = found[:len(part)], found[len(part):]
+                weights = [weight[max(0, at):max(0, at + rows)] for weight, at, _ in batch]
+                part = [u[max(0, -at):][:len(w)] for u, w, (_, at, _) in zip(part.to(weights[0].dtype), weights, batch)]
                 torch._foreach_add_(weights, part)
 
 

@@ -47,7 +47,7 @@ skip_nonfinite = 0          # iterations in a row that may be left out, as their
 lr_schedule = "linear"      # or 'cosine', 'wsd' (warm up, stay, decay as 1 - sqrt), 'constant'; all warm up
 warmup_iters = 250          # iterations from 1/warmup_iters of the peak up to the peak
 lr_decay_iters = 0          # where the decay ends; 0: at the planned end of the run
-min_lr = 0.0                # AdamW's rate there; the other groups' come down in proportion
+min_lr = 0.0                # where learning_rate ends; the other groups' rates come down in proportion
 decay_frac = 0.7            # share of the run in which 'linear' and 'wsd' come down
 # when to stop: whichever comes first, 0 turns one off
 max_iters = 20000           # updates in all; always on: 20,000 * 491,520 = 9.8 B tokens, one pass over OpenWebText
@@ -75,14 +75,14 @@ fsdp = False                # shard parameters, gradients and optimizer state ov
 gradient_checkpointing = False  # keep only the blocks' inputs for the backward pass: less memory, a third more work
 loss_chunk = 0              # positions whose logits are in memory at once, and computed again for the backward pass; 0: all
 backend = "auto"            # torch.distributed's: 'nccl' on CUDA, else 'gloo'
-timeout_s = 600             # seconds without an answer from another rank that end the run
+timeout_s = 600             # seconds without an answer from another rank that end the run; more than a checkpoint takes
 deterministic = False       # repeatable kernels on CUDA, where torch has them; a CPU's are in any case
 
 if __name__ == "__main__":  # here, before the seconds that torch takes to import: a typo is answered at once
     import logging, os, signal, time
     from configurator import configure
-    started = time.monotonic()
     settings = configure(globals())
+    started = time.monotonic()  # behind it: a number that stands before it would be a setting
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save until training begins
     logging.getLogger("bareGPT").disabled = os.environ.get("RANK", "0") != "0"  # one rank's warnings are enough
 
@@ -263,7 +263,8 @@ if __name__ == "__main__":
         elapsed_s, best_val_loss = 0.0, math.inf
         if resuming:
             optim.load_state_by_name(optimizers, state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # else it ran in another dtype until now
+                scaler.load_state_dict(state["scaler"])
             iter_num, cursor, tokens, elapsed_s = (state[k] for k in ("iter_num", "cursor", "tokens", "elapsed_s"))
             best_val_loss, evals_without_gain = state["best_val_loss"], state["evals_without_gain"]
             due_eval = due_save = val_data and state.get("eval_due")  # a signal came before its end
@@ -359,9 +360,9 @@ if __name__ == "__main__":
         writer = checkpoint.Writer(path if resuming else None, main)
         stop, flags = StopSignals(started, max_hours, writer), LateFlags(machine)
         streak = torch.zeros(1, device=machine.device)  # iterations in a row with a gradient that is not finite
-        skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # each halves a scaler's scale, which begins at 2^16
+        skippable = max(skip_nonfinite, 32 * scaler.is_enabled())  # float16's loss scale halves at each, so some are normal
         first_iter, floor, last = iter_num, min_lr / learning_rate, (iter_num, elapsed_s)  # last: when the log last spoke
-        reason = f"{end:,} iterations are done already; a higher --max_iters goes on" if iter_num >= end else ""
+        reason = f"{end:,} iterations are done already; a higher --max_{'iters' if end == max_iters else 'epochs'} goes on" if iter_num >= end else ""
         while True:
             # Outside the training clock: evaluation, a sample, checkpoints.
             paused, better = time.perf_counter(), False
@@ -378,13 +379,13 @@ if __name__ == "__main__":
                 elif patience and evals_without_gain >= patience:
                     reason = f"patience={patience} is over: the best validation loss is {best_val_loss:.4f}"
             elif due_eval:  # a signal came first, or amid it: it stays due, and the resume begins with it
-                _, (_, stopped) = flags.push(iter_num, streak, stop.look(), wait=True)[-1]
+                *_, stopped = flags.push(iter_num, streak, stop.look(), wait=True)[-1]
             if sample_interval and iter_num % sample_interval == 0 and iter_num > first_iter and not stopped:
                 with machine.autocast():  # a new document; under FSDP all ranks have to write it
                     sample = raw_model.generate(torch.full((1, 1), reader.eot or 0, device=machine.device),
                                                 max_new_tokens=200, top_k=200, seed=mix(seed, iter_num))
                 say(reader.decode(sample[0, 1:].tolist()))
-            if due_save or reason and val or stopped or better:
+            if due_save or better or stopped or (val and reason):  # the last: this evaluation ended the run
                 writer.start(out_dir, snapshot(), keep_checkpoints, better)
             clock -= time.perf_counter() - paused
             if reason or stopped:
@@ -414,14 +415,14 @@ if __name__ == "__main__":
             # What the ranks agree on: is the gradient finite, does a signal or the clock say stop?
             due_eval = val_data and (iter_num % eval_interval == 0 or iter_num >= end)
             due_save = iter_num % (checkpoint_interval or eval_interval) == 0 or iter_num >= end
-            for at, (bad, stopped) in flags.push(iter_num, streak, stop.look(), wait=due_eval or due_save):
-                if bad > skippable:
+            for at, in_a_row, stopped in flags.push(iter_num, streak, stop.look(), wait=due_eval or due_save):
+                if in_a_row > skippable:
                     writer.wait()
                     raise ValueError(f"the gradient is not finite at iteration {at:,}, and the weights were left alone; "
                                      f"{writer.last or 'no checkpoint yet'} is the last good checkpoint: "
                                      "lower --learning_rate, then --init_from=resume")
-                if bad:
-                    say(f"iter {at:{wide},}/{end:,}  skipped, for the gradient is not finite ({bad:.0f} in a row)")
+                if in_a_row:
+                    say(f"iter {at:{wide},}/{end:,}  skipped, for the gradient is not finite ({in_a_row:.0f} in a row)")
             writer.wait(block=False)  # raises what went wrong in the thread
             if iter_num >= end:
                 reason = (f"max_iters={max_iters:,}" if end == max_iters else f"max_epochs={max_epochs:g}") + " is reached"
@@ -439,8 +440,11 @@ if __name__ == "__main__":
                 log.write(iter=iter_num, tokens=tokens, elapsed_s=now, train_loss=train_loss, lr=lr,
                           grad_norm=float(grad_norm), tok_per_s=tok_per_s, mfu=mfu)
 
+        trained = duration(clock + time.perf_counter())
+        while machine.sum(writer.busy())[0]:  # a write may take longer than the others would wait for a rank
+            time.sleep(0.01)
         writer.wait()
         if stopped:  # by max_hours, or a signal's number
             reason = f"stopped by {signal.Signals(int(stopped)).name}" if stopped > 1 else f"max_hours={max_hours:g} is over"
-        say(f"{reason}; {tokens:,} tokens, {duration(clock + time.perf_counter())} of training, checkpoint {writer.last}")
+        say(f"{reason}; {tokens:,} tokens, {trained} of training, checkpoint {writer.last}")
         machine.close(128 + int(stopped) if stopped > 1 else 0)

@@ -39,7 +39,8 @@ def test_time_to_loss_runs_train_and_says_what_was_not_reached(tmp_path, data):
     reached, stuck = json.loads(report.stdout)["results"].values()
     assert 0 < reached["lowest"] <= reached["median"] <= reached["highest"] and max(reached["losses"]) <= 3.5 < min(stuck["losses"])
     assert stuck["median"] is None and len(reached["tokens"]) == 2 and max(reached["tokens"]) <= min(stuck["tokens"])
-    refused(run("bench.py", "--task=time_to_loss", "--args=--batch_size=0", cwd=tmp_path), "batch_size=0")
+    refused(run("bench.py", "--task=time_to_loss", "--args=--batch_size=0", "--target_loss=1", cwd=tmp_path), "batch_size=0")
+    refused(run("bench.py", "--task=time_to_loss", cwd=tmp_path), "target_loss=0", "--target_loss=3.5")
 
 
 def test_an_unknown_task_is_refused(tmp_path):

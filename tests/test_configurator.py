@@ -121,7 +121,8 @@ def test_a_typo_is_answered_before_torch_is_imported(tmp_path):
     assert process.stdout == "2 False\n", process.stderr
 
 
-def test_a_bug_keeps_its_traceback():
-    code = "from configurator import user_errors\nimport json\nwith user_errors():\n    json.loads('{')"
+@pytest.mark.parametrize("bug", ["import json; json.loads('{')", "import torch; torch.optim.SGD([])"])  # torch: below .venv
+def test_a_bug_keeps_its_traceback(bug):
+    code = f"from configurator import user_errors\nwith user_errors():\n    {bug}"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 1 and "Traceback" in process.stderr

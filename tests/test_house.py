@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-BUDGETS = {"model.py": 400, "train.py": 450, "checkpoint.py": 200, "machine.py": 355, "optim.py": 150, "configurator.py": 130, "bench.py": 250, "sample.py": 150,
+BUDGETS = {"model.py": 400, "train.py": 450, "checkpoint.py": 200, "machine.py": 360, "optim.py": 150, "configurator.py": 130, "bench.py": 250, "sample.py": 150,
            "data/tokenizer.py": 280, "data/bpe.py": 200, "data/writer.py": 200, "data/reader.py": 190, "data/download.py": 90, "data/splits.py": 135}
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if not {".venv", "tests", "out"} & set(p.relative_to(ROOT).parts))
 MODULES = [p for p in SOURCES if p.parent.name != "config"]

@@ -49,6 +49,8 @@ def test_evaluation_is_the_mean_over_every_target_of_the_split(trained, data):
 def test_config_json_repeats_the_run(trained, tmp_path):
     out, _ = trained
     config = json.loads((out / "config.json").read_text())
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    assert list(config["settings"]) == re.findall(r"^([a-z]\w*) = ", source, re.M)  # what the source has, and nothing else
     assert config["settings"]["dtype"] == "auto" and config["settings"]["n_embd"] == 32
     assert {"commit", "python", "torch", "device"} <= set(config["environment"])
     ok(run("train.py", out / "config.json", f"--out_dir={tmp_path / 'again'}", cwd=tmp_path))
@@ -119,7 +121,7 @@ def test_rates_change_with_the_root_of_the_tokens_of_an_iteration(tmp_path, data
     """TINY has 2 micro-batches * 4 rows * 16 = 128 tokens."""
     peaks = {}
     for tokens in (0, 128, 32):
-        printed = ok(train(tmp_path / str(tokens), data, f"--lr_tokens={tokens}", "--max_iters=6"))
+        printed = ok(train(tmp_path / str(tokens), data, f"--lr_tokens={tokens}", "--muon_lr=0.02", "--max_iters=6"))
         peaks[tokens] = max(m["lr"] for m in metrics(tmp_path / str(tokens)) if "lr" in m)
         assert ("lr 4.00e-02" in printed) == (tokens == 32)  # Muon's in the table
     assert peaks[0] == peaks[128] == pytest.approx(1e-2) and peaks[32] == pytest.approx(2e-2)
