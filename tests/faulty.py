@@ -11,6 +11,7 @@ no_module=wandb       a package that is not installed
 no_memory=300         so many MB of address space beyond what the set-up takes
 file_limit=200000     no file grows beyond as many bytes: what a full disk does, where no small disk can be mounted
 loss_scale=30         float16's loss scaler begins at 2^30, and overflows until it has come down
+half                  none: float16 and its loss scaler, on a CPU
 late                  none: a CPU that calls itself CUDA, and whose copies to the host are there no sooner than waited for
 peak_memory           none: prints the largest resident memory in MB at the end
 count_bytes           none: each rank prints at the end how many bytes of parameters and optimizer state it holds
@@ -126,6 +127,16 @@ def loss_scale(value):
     torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0**int(value))
 
 
+def half(_):
+    plain_init = machine.Machine.__init__
+
+    def init(self, *args):
+        plain_init(self, *args)
+        self.dtype = torch.float16
+
+    machine.Machine.__init__ = init
+
+
 def late(_):
     plain_init, plain_to, stream = machine.Machine.__init__, torch.Tensor.to, []  # stream: (what to copy, where to)
 
@@ -221,7 +232,7 @@ def no_wait(_):
 
 
 FAULTS = {f.__name__: f for f in (nan_gradient, slow_step, slow_write, slow_setup, slow_eval, held_write, no_module, no_memory, file_limit,
-                                  loss_scale, late, peak_memory, count_bytes, host_reads, no_wait)}
+                                  loss_scale, half, late, peak_memory, count_bytes, host_reads, no_wait)}
 
 if __name__ == "__main__":
     for fault in sys.argv[1].split("+"):

@@ -127,6 +127,18 @@ def test_02_a_resume_is_bit_exact(tmp_path, data, more):
 
 
 @slow
+def test_02_a_resume_in_float16_is_bit_exact_with_its_loss_scale(tmp_path, data):
+    """On a CPU, whose kernels repeat: the scale begins at 2^30 and halves until the gradients are finite."""
+    parts, straight, more = tmp_path / "parts", tmp_path / "straight", ["--dropout=0.1", "--lr_decay_iters=20"]
+    said = ok(faulty("half+loss_scale=30", data, straight, *more))
+    for end in 7, 13, 20:
+        ok(faulty("half+loss_scale=30", data, parts, *more, f"--max_iters={end}", "--init_from=auto"))
+    a, b = (checkpoint.read(out / "ckpt_00000020.pt") for out in (straight, parts))
+    assert all(equal(a[k], b[k]) for k in ("model", "optimizer", "scaler", "iter_num", "cursor", "tokens"))
+    assert losses(straight) == losses(parts) and a["scaler"]["scale"] == 2.0 ** (30 - said.count("skipped")) and "skipped" in said
+
+
+@slow
 def test_03_several_resumes_neither_repeat_nor_skip_a_batch(tmp_path, data):
     """Of 31 windows, in 12 iterations of 8: each row must come as often as in a straight run, in its order."""
     ok(train(tmp_path / "straight", data, "--max_iters=12", "--lr_schedule=constant"))
@@ -499,6 +511,16 @@ def test_19_max_hours_saves_and_exits_within_the_limit(tmp_path, data):
 
 
 @slow
+def test_19_max_hours_is_this_process_s_wall_clock_and_not_the_first_one_s(tmp_path, data):
+    """Two runs of 8 s each, one after the other: the second would end at once, were the start of the first a setting."""
+    out = tmp_path / "out"
+    for more in [], ["--init_from=resume"]:
+        before = newest(out) if more else 0
+        said = ok(train(out, data, *ENDLESS, "--max_hours=8/3600", "--checkpoint_interval=100", *more))
+        assert "max_hours" in said.splitlines()[-1] and newest(out) > before + 20
+
+
+@slow
 def test_19_max_hours_does_not_wait_for_a_long_evaluation(tmp_path):
     """An evaluation of two minutes that begins before the limit of 20 s: it is abandoned, and due at the resume."""
     data, out = make_data(tmp_path / "data", val_tokens=40_000), tmp_path / "out"
@@ -538,6 +560,16 @@ def test_20_a_run_whose_first_update_was_skipped_resumes(tmp_path, data):
     assert checkpoint.newest_sound(out)[1]["optimizer"] == {}
     ok(train(out, data, *more, "--init_from=resume"))
     assert newest(out) == 20 and losses(out)[20] < losses(out)[2] - 0.1
+
+
+@slow
+def test_20_a_run_that_goes_on_in_float16_gets_a_scaler_of_its_own(tmp_path, data):
+    """float32 has none whose state it could take up; and the other way round."""
+    out = tmp_path / "out"
+    for end, fault in (5, "peak_memory"), (10, "half"), (15, "peak_memory"):
+        ok(faulty(fault, data, out, "--init_from=auto", f"--max_iters={end}", "--lr_decay_iters=20"))
+        scaler = checkpoint.read(out / f"ckpt_{end:08}.pt")["scaler"]
+        assert scaler == {} if fault != "half" else scaler["scale"] == 2.0**16
 
 
 @slow
