@@ -55,6 +55,8 @@ print("done")"""
 def test_the_readmes_commands_exist():
     """Every script and preset that README.md runs is there, and has every setting that is set there."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("torchrun --nproc_per_node=8", "python")
+    settings = re.findall(r"--(\w+)", (ROOT / "config/README.md").read_text(encoding="utf-8"))
+    assert set(settings) <= set(re.findall(r"^(\w+) = ", (ROOT / "train.py").read_text(encoding="utf-8"), re.M))
     commands = re.findall(r"python ((?:[\w/]+/)?\w+\.py)((?: +(?:config/\S+|--[a-z]\S*))*)", text)
     assert len(commands) > 10
     for script, arguments in commands:
