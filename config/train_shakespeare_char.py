@@ -8,7 +8,6 @@ gradient_accumulation_steps = 1  # 1 * 12 * 64 = 768 tokens per iteration
 n_layer = 4
 n_head = 4
 n_embd = 128  # 0.82 M parameters with head and embedding
-mlp = "gelu"  # a hundredth of a nat better than relu2 at this size, in each of five pairs of runs (config/README.md)
 optimizer = "muon"
 muon_lr = 0.045
 muon_momentum = 0.9

@@ -8,7 +8,7 @@ gradient_accumulation_steps = 1  # 1 * 16 * 128 = 2,048 tokens per iteration
 n_layer = 4
 n_head = 4
 n_embd = 128  # narrow, for the sake of more tokens: at equal arithmetic a width of 192 ended 0.07 bits per byte higher
-mlp = "gelu"
+mlp = "gelu"  # 0.006 and 0.009 bits per byte better than relu2 after half the run, with two seeds
 optimizer = "muon"
 muon_lr = 0.05
 muon_momentum = 0.9
