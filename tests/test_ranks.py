@@ -167,14 +167,9 @@ def test_the_memory_estimate_counts_what_is_there(optimizer, tied):
     assert memory(model, 1, optimizer, shards=2, micro_batches=4)["gradients"] == parts["gradients"]  # summed up whole before they are dealt
 
 
-@pytest.mark.parametrize("norm, most", [("layernorm", 0.05), ("rmsnorm", 0.25)])  # torch fuses RMSNorm on GPUs only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_memory_estimate_is_near_the_measured_peak(norm, most, dtype):
-    """Bytes between a step's begin and its peak, as torch's CPU allocator reports them; GPT-2's parts, and the default's."""
-    ours = norm == "rmsnorm"
-    model = GPT(GPTConfig(block_size=128, vocab_size=4000, n_layer=3, n_head=4, n_embd=128, norm=norm, qk_norm=ours, tie_weights=not ours,
-                          pos_emb="rope" if ours else "learned", mlp="relu2" if ours else "gelu", bias=not ours))
-    idx = torch.randint(4000, (8, 128))
+def peak_of_a_step(model, batch_size, dtype):
+    """Bytes between a step's begin and its peak, as torch's CPU allocator reports them; gradients are there already."""
+    idx = torch.randint(4000, (batch_size, 128))
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -187,5 +182,24 @@ def test_the_memory_estimate_is_near_the_measured_peak(norm, most, dtype):
     for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
+    assert peak > 1e6
+    return peak
+
+
+@pytest.mark.parametrize("norm, most", [("layernorm", 0.05), ("rmsnorm", 0.25)])  # torch fuses RMSNorm on GPUs only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_estimate_is_near_the_measured_peak(norm, most, dtype):
+    """GPT-2's parts, and the default's."""
+    ours = norm == "rmsnorm"
+    model = GPT(GPTConfig(block_size=128, vocab_size=4000, n_layer=3, n_head=4, n_embd=128, norm=norm, qk_norm=ours, tie_weights=not ours,
+                          pos_emb="rope" if ours else "learned", mlp="relu2" if ours else "gelu", bias=not ours))
     parts = memory(model, 8, "adamw", dtype.itemsize)
-    assert peak > 1e6 and parts["activations"] + parts["copies"] == pytest.approx(peak, rel=most)
+    assert parts["activations"] + parts["copies"] == pytest.approx(peak_of_a_step(model, 8, dtype), rel=most)
+
+
+def test_the_two_switches_let_three_times_the_micro_batch_into_less_memory():
+    """12 layers, as at 124M, which tests/test_gpu.py measures."""
+    model = GPT(GPTConfig(block_size=128, vocab_size=4000, n_layer=12, n_head=4, n_embd=128))
+    plain = peak_of_a_step(model, 8, torch.float32)
+    model.gradient_checkpointing, model.loss_chunk = True, 256
+    assert peak_of_a_step(model, 24, torch.float32) < plain
