@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import islice
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-BATCH_BYTES = 1 << 20  # of text a thread at a time: big against the overhead, small against RAM
+BATCH_BYTES = 1 << 20  # of text handed to a thread at a time: big against the overhead, small against RAM
 
 
 def split_by_hash(key, val_fraction, test_fraction=0.0):
@@ -64,6 +65,8 @@ def explained(path):
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the disk's: what goes wrong in a network is an OSError, too
+            raise
         raise OSError(f"{path}: {error.strerror}; nothing was written under its final name, "
                       "free some space or choose another folder and run the command again") from None
 
@@ -157,26 +160,41 @@ def write_documents(folder, documents, tokenizer, progress=None, limit=0, thread
     False. `limit` stops after so many documents. Threads, because tiktoken's core lets go of the interpreter's
     lock: on two cores they beat processes by a quarter. The files do not depend on their number.
     """
-    progress, threads = progress or Progress(), threads or os.cpu_count()
-    documents, seen = islice(documents, limit or None), 0
-    end = np.array([] if tokenizer.eot is None or not end_of_text else [tokenizer.eot], dtype=tokenizer.dtype)
-    with DatasetWriter(folder, tokenizer) as writer, progress:
-        while batch := take(documents, BATCH_BYTES * threads):
-            parts = {}  # split -> ([ids, end, ids, end, ...], [bytes of each text])
-            for (split, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch], threads)):
-                pieces, n_bytes = parts.setdefault(split, ([], []))
-                pieces += ids, end
-                n_bytes.append(len(text.encode("utf-8")))
-            for split, (pieces, n_bytes) in parts.items():
-                writer.add(split, np.concatenate(pieces), sum(n_bytes), documents=len(n_bytes))
+    threads, progress = threads or os.cpu_count(), progress or Progress()
+    seen, pending = 0, deque()
+
+    def encode(batch):
+        """[(split, text)] -> {split: (ids, bytes of text, documents)}"""
+        parts = {}
+        end = np.array([] if tokenizer.eot is None or not end_of_text else [tokenizer.eot], dtype=tokenizer.dtype)
+        for (split, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch])):
+            pieces, n_bytes = parts.setdefault(split, ([], []))
+            pieces += ids, end
+            n_bytes.append(len(text.encode("utf-8")))
+        return {split: (np.concatenate(pieces), sum(n_bytes), len(n_bytes)) for split, (pieces, n_bytes) in parts.items()}
+
+    with DatasetWriter(folder, tokenizer) as writer, progress, ThreadPoolExecutor(threads) as pool:
+        def drain(keep):
+            while len(pending) > keep:  # in the order in which they came, whichever thread is first
+                for split, (ids, n_bytes, n) in pending.popleft().result().items():
+                    writer.add(split, ids, n_bytes, documents=n)
+                progress.show(f"{seen:,} documents, {writer.tokens.total():,} tokens", seen / limit if limit else None)
+
+        for batch in batches(documents, limit):
             seen += len(batch)
-            progress.show(f"{seen:,} documents, {writer.tokens.total():,} tokens", seen / limit if limit else None)
+            pending.append(pool.submit(encode, batch))
+            drain(keep=2 * threads)
+        drain(keep=0)
 
 
-def take(documents, size):
-    """The next (split, text) of the iterator `documents`, of at least `size` characters together if there are so many."""
-    batch = []
-    while size > 0 and (document := next(documents, None)):
-        batch.append(document)
-        size -= len(document[1])
-    return batch
+def batches(documents, limit=0):
+    """Lists of (split, text) of about BATCH_BYTES characters each, at most `limit` documents in all."""
+    batch, size = [], 0
+    for split, text in islice(documents, limit or None):
+        batch.append((split, text))
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
