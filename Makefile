@@ -1,7 +1,7 @@
 # make demo      from nothing to a model that writes Python, in minutes on two CPU cores
 # make test      the fast tests, in under five minutes
 # make gauntlet  every fault of tests/test_faults.py, and many ranks; the slow ones too
-# make gpu       what only an NVIDIA GPU can show, in about eight minutes
+# make gpu       what only an NVIDIA GPU can show
 # Each sets up what it needs in .venv. PYTHON=python3.12 make ... takes another interpreter (3.11 or newer).
 
 PYTHON ?= python3
